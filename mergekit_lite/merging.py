@@ -69,7 +69,10 @@ def merge(
     if isinstance(recipe, str | Path):
         documents = parse_documents(text_of(Path(recipe)), str(recipe))
         if len(documents) > 1:
-            steps = plan_documents(documents, output, shard_size=shard_size, copy_code=copy_code, keep=keep)
+            resume = run_options.get("resume", False)
+            steps = plan_documents(
+                documents, output, shard_size=shard_size, copy_code=copy_code, keep=keep, resume=resume
+            )
             return _joined([made for step, made in merge_documents(steps, keep=keep, **run_options) if step.is_final])
     return run(plan_merge(recipe, output, shard_size=shard_size, copy_code=copy_code), **run_options)
 

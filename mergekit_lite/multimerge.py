@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.references import plain_reference
 from mergekit_lite.engine.buffers import CPU
-from mergekit_lite.engine.finished import is_finished
+from mergekit_lite.engine.finished import is_begun, is_finished, may_be_finished
 from mergekit_lite.engine.fused import NotMadeError, is_in_one_read, makers, reading, reads_in_one_pass, why_not_made
 from mergekit_lite.engine.ray_cluster import workers_of
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, found, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, nearest
 from mergekit_lite.layout import OutputPath, output_path
 from mergekit_lite.object_stores import Place
-from mergekit_lite.output.journal import plan_of
 from mergekit_lite.output.promise import lay_promised
-from mergekit_lite.output.working_folder import as_run_errors, left_by_earlier_run, own_folder
+from mergekit_lite.output.working_folder import as_run_errors, own_folder
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe.documents import Document, document_in, final, text_of_chain, with_place
 
@@ -87,6 +86,7 @@ def plan_documents(
     shard_size: int | None = None,
     copy_code: bool = False,
     keep: bool = False,
+    resume: bool = False,
 ) -> tuple[Step, ...]:
     """Plan all documents of a recipe, before any of them is made.
 
@@ -97,11 +97,25 @@ def plan_documents(
         shard_size: most bytes of data in one file of each result.
         copy_code: copy the code of its own that a model in a folder has.
         keep: make every result, to be kept for the next run.
+        resume: plan as an earlier run did, where it left its work or its output, whether that was to keep results or
+            not: the bytes are the same.
 
     Raises:
         UsageError: the outputs can't be named.
         CheckpointError, PlanError: as ``make_plan``, with the name of the document.
     """
+    steps = _planned(documents, output, shard_size, copy_code, keep)
+    if resume and not _is_left(steps):
+        others = _planned(documents, output, shard_size, copy_code, not keep)
+        if _is_left(others):
+            return others
+    return steps
+
+
+def _planned(
+    documents: Sequence[Document], output: str | Path, shard_size: int | None, copy_code: bool, keep: bool
+) -> tuple[Step, ...]:
+    """Plan all documents; see ``plan_documents``."""
     wanted = final(documents)
     outputs = _outputs(documents, str(output))
     folder = documents_folder(output_path(str(output)))
@@ -187,7 +201,7 @@ def merge_documents(
                 starting(step, plan)
             options: RunOptions = {**run_options, "ray": crew}
             if not step.is_final:
-                options |= {"resume": _is_begun(plan), "force": True}
+                options |= {"resume": is_begun(plan), "force": True}
             yield step, run(plan, **options)
     if not keep:
         _remove(between)
@@ -371,12 +385,9 @@ def _called(document: Document) -> str:
     return f"Document {document.name!r}" if document.name else f"The document of line {document.at.line}"
 
 
-def _is_begun(plan: Plan) -> bool:
-    """Return whether an earlier run of the same plan left its work."""
-    output = plan.outputs[0]
-    assert isinstance(output, Path)
-    with left_by_earlier_run(output) as folder:
-        return folder is not None and plan_of(folder.journal) == plan.digest(0)
+def _is_left(steps: Sequence[Step]) -> bool:
+    """Return whether an earlier run by these very plans left work or an output of what was asked for."""
+    return any(step.is_final and (may_be_finished(step.plan, 0) or is_begun(step.plan)) for step in steps)
 
 
 def _remove(outputs: Sequence[Path]) -> None:

@@ -22,7 +22,7 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 class RayNodes:
     """A cluster of nodes with one processor each; it ends with its context.
 
-    The first node holds the cluster together, and can't be killed.
+    The first node holds the cluster together: of it only the head's own process can be killed.
     """
 
     def __init__(self, count: int, address: str = "", **environment: str) -> None:
@@ -61,6 +61,10 @@ class RayNodes:
     def kill(self) -> None:
         """Kill all processes of the newest node."""
         assert self._told("kill") == "killed"
+
+    def kill_head(self) -> None:
+        """Kill the process by which the nodes find each other."""
+        assert self._told("kill head") == "killed"
 
     def add(self) -> None:
         """Add a node like the others."""
@@ -133,6 +137,10 @@ def host(count: int, address: str) -> None:
             for processes in nodes.pop().all_processes.values():
                 for process in processes:
                     os.kill(process.process.pid, signal.SIGKILL)
+            print("killed", flush=True)
+        elif line == "kill head\n":
+            (head,) = cluster.head_node.all_processes["gcs_server"]
+            os.kill(head.process.pid, signal.SIGKILL)
             print("killed", flush=True)
         elif line == "count\n":
             print(sum(node["Alive"] for node in cluster.global_state.node_table()), flush=True)

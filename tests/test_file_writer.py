@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from mergekit_lite.errors import RunError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
 from mergekit_lite.output import file_writer
-from mergekit_lite.output.file_writer import PAGE, FileWriter, WriteTimes
+from mergekit_lite.output.file_writer import PAGE, FileWriter, WriteTimes, waiting_weight
 from mergekit_lite.output.working_folder import WorkingFolder
 from mergekit_lite.output.workspace import OutputWorkspace
 
@@ -221,6 +221,10 @@ def test_the_quicker_way_is_taken() -> None:
         ways = [_step(times, cached, direct) for _ in range(1000)]
         assert ways[-100:].count(direct < cached) >= 99
         assert ways.count(direct < cached) > 980
+
+
+def test_waiting_weighs_less_only_where_another_worker_fills_it() -> None:
+    assert waiting_weight(3, 2) < 1 == waiting_weight(2, 2) == waiting_weight(1, 8)
 
 
 def test_a_moment_s_delay_does_not_decide() -> None:

@@ -186,6 +186,25 @@ def test_a_killed_run_goes_on(place: Path, tmp_path: Path) -> None:
         assert not between.exists()
 
 
+@pytest.mark.parametrize("kept_first", [True, False])
+def test_resume_goes_on_with_or_without_keep(place: Path, tmp_path: Path, kept_first: bool) -> None:
+    """With it a result lies on the disk that is made while it is read without: the last one's bytes are the same."""
+    chain = CHAIN.format(place=place, weight=0.5)
+    recipe, output = written(tmp_path, chain), tmp_path / "out"
+    assert {step.is_fused for step in plan_documents(parse_documents(chain), output)} == {True, False}
+    mergekit_lite.merge(recipe, tmp_path / "whole")
+    first, then = (["--keep"], []) if kept_first else ([], ["--keep"])
+    with started(tmp_path, "merge", recipe, "-o", output, "-q", *first) as process:
+        while process.running and not (tmp_path / ".out.partial" / "journal.jsonl").exists():
+            time.sleep(0.001)
+        process.send(signal.SIGKILL)
+    ended = run(tmp_path, "merge", recipe, "-o", output, "--resume", *then)
+    assert ended.returncode == 0, ended.stderr
+    assert weights(output) == weights(tmp_path / "whole")
+    again = run(tmp_path, "merge", recipe, "-o", output, "--resume", *then)
+    assert again.returncode == 0, again.stderr
+
+
 def test_models_that_no_document_uses_are_all_outputs(place: Path, tmp_path: Path) -> None:
     one = "name: {}\nmerge_method: linear\nmodels: [{{model: '{}', parameters: {{weight: 1}}}}]\n"
     recipe = written(tmp_path, "---\n".join(one.format(name, place / "m1") for name in ("left", "right")))

@@ -26,10 +26,12 @@ from mergekit_lite.commands import main
 from mergekit_lite.commands.prediction import predicted
 from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout, shard_names
 from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.tensor_merge import SAMPLE_EVERY, SAMPLE_PIECE
 from mergekit_lite.object_stores import Place
-from mergekit_lite.prediction import Cluster, measured_costs, predict, this_cluster
-from mergekit_lite.prediction.cluster import cached_share
+from mergekit_lite.prediction import Cluster, measured_costs, predict, predict_in_turn, this_cluster
+from mergekit_lite.prediction.cluster import PIECE, cached
 from mergekit_lite.prediction.costs import Costs
+from mergekit_lite.prediction.made_up import DIFFERENT
 from mergekit_lite.prediction.prediction import busiest_share
 from tests.models import state, tuned, write_folder
 from tests.test_memory import children, held
@@ -186,6 +188,11 @@ def test_bytes_are_those_that_the_engine_reads(tmp_path: Path, monkeypatch: pyte
     assert (told.read_again == 0) == (method in ("linear", "expo"))
 
 
+def test_a_sample_of_made_up_weights_meets_different_ones() -> None:
+    """Where they repeated with the sample's pieces, it would see the same few again and again."""
+    assert math.gcd(DIFFERENT, SAMPLE_PIECE * SAMPLE_EVERY) == 1
+
+
 def test_nothing_of_the_weights_is_read(large: tuple[Plan, Costs], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
@@ -242,9 +249,12 @@ def test_this_machine_is_measured_without_a_trace(tmp_path: Path) -> None:
     here = this_cluster(tmp_path / "merged")
     assert here.is_measured and here.cores >= 1 and here.copy_in > 0 and here.copy_out > 0
     assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_bytes(bytes(1 << 20))
-    assert 0 <= cached_share([(tmp_path / "file", 1 << 20)]) <= 1
-    assert cached_share([(tmp_path / "missing", 10)]) == 0
+    (tmp_path / "file").write_bytes(bytes(2 * PIECE))
+    there = cached([(tmp_path / "file", 2 * PIECE)])
+    assert 0 <= there.share <= 1 and (there.copying is None or 0 < there.copying < 1e-6)
+    half = cached([(tmp_path / "file", 2 * PIECE), (tmp_path / "missing", 2 * PIECE)])
+    assert half.share == there.share / 2
+    assert cached([(tmp_path / "missing", 10)]) == (0, None)
 
 
 def test_a_system_without_positioned_reads_is_predicted_by_usual_times(
@@ -253,7 +263,7 @@ def test_a_system_without_positioned_reads_is_predicted_by_usual_times(
     monkeypatch.delattr("os.preadv")
     assert this_cluster(tmp_path / "merged") == Cluster(this_cluster(tmp_path / "merged").cores)
     (tmp_path / "file").write_bytes(bytes(10))
-    assert cached_share([(tmp_path / "file", 10)]) == 0
+    assert cached([(tmp_path / "file", 10)]) == (0, None)
 
 
 def test_plan_and_dry_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +289,46 @@ def test_plan_and_dry_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert dry["prediction"]["workers"] == 2 and dry["prediction"]["memory"] == dry["memory"]
     assert dry["prediction"]["bytes"]["read"] == dry["bytes_to_read"]
     assert "on this machine" in CliRunner().invoke(main, run).stdout
+
+
+def test_several_documents_are_predicted_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that is made by itself; what one of them reads again, or another one wrote, is in the page cache."""
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    two = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
+    further = {"model": "twice", "parameters": {"weight": 1}}
+    documents: list[dict[str, Any]] = [
+        {"name": "twice", "merge_method": "linear", "models": two},
+        {"name": "fused", "merge_method": "linear", "models": [*two, further]},
+        {"merge_method": "task_arithmetic", "base_model": "twice", "models": [{**further, "model": "fused"}]},
+    ]
+    Path("r.yml").write_text("\n---\n".join(map(json.dumps, documents)))
+    for command in (["plan", "r.yml"], ["merge", "r.yml", "-o", "merged", "--dry-run", "--threads", "2"]):
+        told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+        assert [each["fused"] for each in told["documents"]] == [False, True, False]
+        first, fused, last = (each.get("prediction") for each in told["documents"])
+        assert fused is None and last["seconds"]["start"] < first["seconds"]["start"]
+        for key in ("seconds", "bytes"):
+            for part, value in told["prediction"][key].items():
+                assert value == pytest.approx(first[key][part] + last[key][part], abs=0.01)
+        assert last["bytes"]["read"] == told["documents"][2]["bytes_to_read"]
+        assert told["prediction"]["memory"] == max(first["memory"], last["memory"])
+    assert "all documents: about" in CliRunner().invoke(main, ["plan", "r.yml"]).stdout
+    elsewhere = json.loads(CliRunner().invoke(main, ["plan", "r.yml", "--nodes=2", "--disk=1", "--json"]).stdout)
+    assert [each["prediction"]["nodes"] for each in elsewhere["documents"] if not each["fused"]] == [2, 2]
+    assert elsewhere["prediction"]["bytes"]["from_disk"] == elsewhere["prediction"]["bytes"]["read"]
+
+
+def test_what_an_earlier_plan_read_or_wrote_is_in_the_page_cache(
+    large: tuple[Plan, Costs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lite.prediction.cluster._from_cache", lambda *_: 0)
+    plan, _ = large
+    roomy = Cluster(2, read=GB, write=GB, buffered=1e15, free_memory=1e15, is_measured=True)
+    once, again = predict_in_turn([plan, plan], roomy, started=1.0).predictions
+    assert once.from_disk == once.read and again.from_disk == 0 and again.start < once.start
+    small = replace(roomy, free_memory=1e6)
+    assert all(each.from_disk >= each.read for each in predict_in_turn([plan, plan], small, started=1.0).predictions)
 
 
 @pytest.mark.parametrize("wrong", ["--disk=0", "--disk=1,2,3", "--net=-1", "--net=x", "--nodes=0", "--cores=0"])

@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_lite.commands import json_output, running
+from mergekit_lite.commands.prediction import predicted_in_turn
 from mergekit_lite.commands.screen import Screen, size
+from mergekit_lite.commands.units import seconds
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.ray_cluster import devices_of, workers_of
 from mergekit_lite.engine.run import RunOptions, check_outputs
 from mergekit_lite.errors import RunError
@@ -21,21 +24,29 @@ if TYPE_CHECKING:
     from mergekit_lite.planning import Plan
 
 
-def show_plans(
-    steps: Sequence[Step], screen: Screen, *, as_json: bool, threads: int | None, devices: Sequence[str]
-) -> None:
-    """Print the plan of each document, in the order in which they are made."""
+def show_plans(steps: Sequence[Step], screen: Screen, *, as_json: bool, **options: Any) -> None:
+    """Print the plan of each document, in the order in which they are made, and what each and all will take.
+
+    ``options`` are those of ``predicted_in_turn``.
+    """
+    threads, devices = options.get("threads"), options.get("devices", (CPU,))
+    told = predicted_in_turn([step.plan for step in steps if not step.is_fused], **options)
+    of_each = iter(told.predictions if told is not None else ())
+    predictions = [None if step.is_fused else next(of_each, None) for step in steps]
     if as_json:
         plans = [
-            {"name": step.name, "fused": step.is_fused, **json_output.of_plan(step.plan, threads, devices)}
-            for step in steps
+            {"name": step.name, "fused": step.is_fused, **json_output.of_plan(step.plan, threads, devices, prediction)}
+            for step, prediction in zip(steps, predictions, strict=True)
         ]
-        click.echo(json.dumps({"documents": plans}, indent=1))
+        in_all = {} if told is None else {"prediction": told.to_json()}
+        click.echo(json.dumps({"documents": plans, **in_all}, indent=1))
         return
-    for number, step in enumerate(steps):
+    for number, (step, prediction) in enumerate(zip(steps, predictions, strict=True)):
         screen.lines([*[""] * bool(number), _heading(step)])
-        screen.plan(step.plan, threads, devices)
+        screen.plan(step.plan, prediction.workers if prediction is not None else threads, devices, prediction)
         screen.missing(step.plan)
+    if told is not None and len(told.predictions) > 1:
+        screen.lines(["", f"all documents: about {seconds(told.seconds)}"])
 
 
 def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View, *, keep: bool) -> None:

@@ -66,7 +66,8 @@ def command(
     if len(documents) > 1:
         if push is not None:
             raise UsageError(f"--push takes a recipe of one document: push the result: mergekit-lite push OUT {push}.")
-        steps = plan_documents(documents, output, shard_size=shard_size, copy_code=copy_code, keep=keep)
+        resume = run_options["resume"]
+        steps = plan_documents(documents, output, shard_size=shard_size, copy_code=copy_code, keep=keep, resume=resume)
         several.carry_out(steps, run_options, view, keep=keep)
         return
     if keep:

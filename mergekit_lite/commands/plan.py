@@ -39,7 +39,6 @@ def command(
     from mergekit_lite.commands import documents as several
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.engine.buffers import CPU
     from mergekit_lite.merging import plan_merge
     from mergekit_lite.multimerge import plan_documents
     from mergekit_lite.recipe import text_of
@@ -50,7 +49,7 @@ def command(
     if len(documents) > 1:
         output = "merged-{name}" if len(final(documents)) > 1 else "merged"
         steps = plan_documents(documents, output, shard_size=shard_size)
-        several.show_plans(steps, screen, as_json=as_json, threads=None, devices=(CPU,))
+        several.show_plans(steps, screen, as_json=as_json, **cluster_options)
         return
     plan = plan_merge(recipe, "merged", shard_size=shard_size)
     prediction = predicted(plan, **cluster_options)

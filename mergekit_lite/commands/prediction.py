@@ -19,7 +19,7 @@ from mergekit_lite.object_stores import Place
 
 if TYPE_CHECKING:
     from mergekit_lite.planning import Plan
-    from mergekit_lite.prediction import Cluster, Prediction
+    from mergekit_lite.prediction import Cluster, InTurn, Prediction
 
 OPTIONS = (
     click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines, all alike."),
@@ -56,8 +56,14 @@ def takes_cluster(function: Callable[..., None]) -> Callable[..., None]:
     return with_group
 
 
-def predicted(
-    plan: Plan,
+def predicted(plan: Plan, **options: Any) -> Prediction | None:
+    """Predict a run; see ``predicted_in_turn``."""
+    told = predicted_in_turn([plan], **options)
+    return told.predictions[0] if told is not None else None
+
+
+def predicted_in_turn(
+    plans: Sequence[Plan],
     *,
     nodes: int = 1,
     cores: int | None = None,
@@ -65,27 +71,29 @@ def predicted(
     disk: tuple[float, float] | None = None,
     net: float | None = None,
     devices: Sequence[str] = (CPU,),
-) -> Prediction | None:
-    """Predict a run on some machines: without rates on such as this one, which is measured.
+) -> InTurn | None:
+    """Predict runs, one after the other, on some machines: without rates on such as this one, which is measured.
 
     ``disk`` and ``net`` are in bytes a second. Returns None for GPUs, and where weights lie elsewhere without ``net``:
     what the network gives is not measured.
     """
-    elsewhere = any(is_elsewhere_file(file.path) for source in plan.inputs for file in source.files)
-    elsewhere |= any(isinstance(output, Place) for output in plan.outputs)
+    elsewhere = any(is_elsewhere_file(file.path) for plan in plans for source in plan.inputs for file in source.files)
+    elsewhere |= any(isinstance(output, Place) for plan in plans for output in plan.outputs)
     if CPU not in devices or (elsewhere and net is None):
         return None
-    from mergekit_lite.prediction import predict
+    from mergekit_lite.prediction import predict_in_turn
 
     started = time.process_time()  # without what measuring takes
-    return predict(plan, _cluster(plan, nodes, cores, disk, net), threads, started)
+    return predict_in_turn(plans, _cluster(plans[-1], nodes, cores, threads, disk, net), threads, started)
 
 
-def _cluster(plan: Plan, nodes: int, cores: int | None, disk: tuple[float, float] | None, net: float | None) -> Cluster:
+def _cluster(
+    plan: Plan, nodes: int, cores: int | None, threads: int | None, disk: tuple[float, float] | None, net: float | None
+) -> Cluster:
     from mergekit_lite.prediction import Cluster, this_cluster
 
     if disk is None and net is None:
-        here = this_cluster(Path(str(plan.outputs[0])))
+        here = this_cluster(Path(str(plan.outputs[0])), threads)
         here = here if cores is None else replace(here, cores=cores)
         return here if nodes == 1 else replace(here, nodes=nodes, is_measured=False, buffered=0.0)
     given: dict[str, Any] = {} if disk is None else {"read": disk[0], "write": disk[1]}
@@ -127,13 +135,13 @@ def rows(prediction: Prediction) -> list[tuple[str, str, str, str, str]]:
         ("computing", seconds(work), seconds(busy), f"{cores} core{'s' * (cores > 1)}", seconds(prediction.compute))
     )
 
-    def moved(what: str, nbytes: float, rate: float | None) -> None:
-        time = seconds(nbytes * share / rate) if rate else ""
+    def moved(what: str, nbytes: float, rate: float | None, buffered: float = 0.0) -> None:
+        time = seconds(max(0.0, nbytes * share - buffered) / rate) if rate else ""
         lines.append((what, size(nbytes), size(nbytes * share), rate_text(rate), time))
 
     if cluster.net is None or cluster.is_shared:
         moved("read from disk", prediction.from_disk, cluster.read)
-        moved("written", prediction.written, cluster.write)
+        moved("written", prediction.written, cluster.write, cluster.buffered)
     if cluster.net is not None:
         moved("received over the network", prediction.received, cluster.net)
         moved("sent", prediction.sent, cluster.net)

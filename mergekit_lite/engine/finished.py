@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,9 +15,17 @@ from mergekit_lite.engine.tiling import bounds
 from mergekit_lite.errors import UnreadableError
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place
+from mergekit_lite.output.journal import plan_of
 from mergekit_lite.output.manifest import READ_BYTES, files_read, frame_of
 from mergekit_lite.output.publishing import is_published, own_manifests
-from mergekit_lite.output.remote_target import is_published_remotely, remote_manifest
+from mergekit_lite.output.remote_target import (
+    RemoteFolder,
+    finished_files,
+    is_published_remotely,
+    partial,
+    remote_manifest,
+)
+from mergekit_lite.output.working_folder import left_by_earlier_run
 from mergekit_lite.planning import Job, Plan
 
 
@@ -34,7 +42,7 @@ def is_finished(plan: Plan, number: int, *, force: bool, sync: bool) -> bool:
         if not _is_of_the_same_etags(plan, remote_manifest(output) or {}):
             return False
         return is_published_remotely(output, plan.digest(number), files, newest)
-    describes = partial(_describes, plan, output)
+    describes = functools.partial(_describes, plan, output)
     return is_published(output, plan.digest(number), plan.input_files, describes, force=force, sync=sync)
 
 
@@ -44,6 +52,15 @@ def may_be_finished(plan: Plan, number: int) -> bool:
     if isinstance(output, Place):
         return (remote_manifest(output) or {}).get("plan") == digest
     return any(own_manifests(output, digest, plan.input_files))
+
+
+def is_begun(plan: Plan) -> bool:
+    """Return whether an earlier run of this very plan left its work on its first output, unfinished."""
+    output, digest = plan.outputs[0], plan.digest(0)
+    if isinstance(output, Place):
+        return any(file.head.get("plan") == digest for _, file in finished_files(RemoteFolder(partial(output))))
+    with left_by_earlier_run(output) as folder:
+        return folder is not None and plan_of(folder.journal) == digest
 
 
 def _describes(plan: Plan, output: Path, manifest: Mapping[str, Any]) -> bool:

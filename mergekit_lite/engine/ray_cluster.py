@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
 import os
@@ -18,12 +19,15 @@ from typing import Any
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.stores.cache import is_caching
 from mergekit_lite.engine.devices import chosen_devices
+from mergekit_lite.engine.ray_head import Head, head_of
 from mergekit_lite.engine.ray_machine import File
 from mergekit_lite.engine.ray_workers import GPU_THREADS, Cluster
 from mergekit_lite.errors import RunError, UsageError, one_line
 from mergekit_lite.ops import CPU
 
 LOCAL = re.compile(r"local:([1-9]\d{0,3})")
+PLACE = re.compile(r"[^/]+:\d+")
+ADVICE = "ray start --head starts one here; --ray local:2 needs none"
 EXPECTED = (
     "expected auto (the cluster this machine is part of), the address of one as HOST:PORT, or local:N workers here"
 )
@@ -46,6 +50,13 @@ def check_address(address: str, device: str) -> None:
         raise UsageError("--fetch-cache is for workers on this machine: those that --ray has fetch for themselves.")
     if importlib.util.find_spec("ray") is None:
         raise UsageError("--ray needs Ray, on every machine: pip install 'mergekit-lite[ray]'")
+
+
+def _check_head(address: str) -> None:
+    """Raise UsageError where nothing answers at an address: Ray would try it for minutes, with lines of its log."""
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if PLACE.fullmatch(named) and not Head(named).answers():
+        raise UsageError(f"--ray {address}: no such cluster is there ({named} takes no connection). {ADVICE}.")
 
 
 def workers_of(
@@ -80,10 +91,12 @@ def connected(
         workers: the largest number of them; by default one for each processor or GPU.
         threads: of each worker with a GPU.
 
-    Raises UsageError as ``check_address``.
+    Raises UsageError as ``check_address``, and where nothing answers at the address.
     """
     check_address(address, device)
     local = LOCAL.fullmatch(address)
+    if local is None:
+        _check_head(address)
     with ExitStack() as stack:
 
         def connect() -> None:
@@ -132,8 +145,7 @@ def _start(ray: Any, address: str, local: int, empty: str) -> None:
                     raise
                 _stop(ray)
     except (ConnectionError, ValueError) as error:
-        advice = "ray start --head starts one here; --ray local:2 needs none"
-        raise UsageError(f"--ray {address}: no such cluster is there ({one_line(error, 200)}). {advice}.") from error
+        raise UsageError(f"--ray {address}: no such cluster is there ({one_line(error, 200)}). {ADVICE}.") from error
     except Exception as error:
         raise RunError(f"--ray {address}: Ray can't be started: {one_line(error, 400)}") from error
     finally:
@@ -172,7 +184,10 @@ def _own_folder() -> Iterator[str]:
 
 
 def _stop(ray: Any) -> None:
-    """Leave the cluster; what this process started ends."""
+    """Leave the cluster; what this process started ends. From one without a head there is no leaving: it would wait."""
+    if ray.is_initialized() and not head_of(ray).answers():
+        atexit.unregister(ray.shutdown)
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.shutdown()

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from mergekit_lite._version import __version__
 from mergekit_lite.engine.processes import packed
+from mergekit_lite.engine.ray_head import head_of
 from mergekit_lite.engine.ray_machine import File, Needs, RayWorker, identity
 from mergekit_lite.engine.ray_node import Node
 from mergekit_lite.errors import GOES_ON, CheckpointError, RunError, UsageError, counted, listing, one_line
@@ -227,6 +228,7 @@ class Cluster:
         """
         import ray
 
+        head_of(ray).wait()
         places = []
         nodes: Any = ray.nodes  # has no types
         for node in nodes():
@@ -361,14 +363,15 @@ class Cluster:
             self._workers.remove(worker)
         with suppress(ValueError):
             a_round.ready.remove(worker)
-        with suppress(Exception):
-            ray.kill(worker.actor)
+        if head_of(ray).answers():
+            with suppress(Exception):
+                ray.kill(worker.actor)
 
     def _dismiss(self) -> None:
         """End all workers; the next tasks start others."""
         import ray
 
-        for worker in self._workers:
+        for worker in self._workers if head_of(ray).answers() else ():
             with suppress(Exception):
                 ray.kill(worker.actor)
         self._workers.clear()

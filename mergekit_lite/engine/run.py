@@ -26,6 +26,7 @@ from mergekit_lite.layout import OutputPath
 from mergekit_lite.object_stores import Place
 from mergekit_lite.options import named_options
 from mergekit_lite.output.companions import write_companions
+from mergekit_lite.output.file_writer import waiting_weight
 from mergekit_lite.output.publishing import check_target
 from mergekit_lite.output.remote_target import check_remote_target, remote_manifest
 from mergekit_lite.output.remote_workspace import RemoteWorkspace
@@ -116,6 +117,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         for v in unfinished:
             workspaces[v] = opened_workspace(plan, v, stack, resume=resume, force=force, crew=crew is not None)
             stack.callback(workspaces[v].close)
+            workspaces[v].weigh_waiting(waiting_weight(workers, available_cores()))
         _check_inputs(plan)
         left = jobs_left(plan, workspaces.values())
         if crew is not None and not crew.local:

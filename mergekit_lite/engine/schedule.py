@@ -22,7 +22,7 @@ from mergekit_lite.engine.news import MADE
 from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
-from mergekit_lite.engine.tensor_merge import JobMerge, Section, add_to, gather, needed, needs_torch
+from mergekit_lite.engine.tensor_merge import JobMerge, Section, Sums, add_to, gather, needed, needs_torch
 from mergekit_lite.engine.tiling import CHUNK, TASK, TASKS, Span, spans
 from mergekit_lite.methods.contract import Totals
 from mergekit_lite.output.by_workers import Parcel, RemoteFile, RemoteFiles, Written
@@ -171,8 +171,8 @@ class Schedule:
         first: dict[str | int, Section] = {}  # by group, or by merge where it has none
         firsts = {section: first.setdefault(merges[section[0]].group or section[0], section) for section in wanted}
 
-        def add(buffers: WorkerBuffers, reader: Reader, task: Sequence[Section]) -> tuple[int, dict[Section, Totals]]:
-            sums: dict[Section, Totals] = {}
+        def add(buffers: WorkerBuffers, reader: Reader, task: Sequence[Section]) -> tuple[int, Sums]:
+            sums = Sums()
             for number, begin, end in task:
                 part = merges[number].sum(buffers, reader, begin, end)
                 add_to(sums, part, (number, begin, end), firsts[number, begin, end])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_lite import draws, dtypes
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.deferred import np
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods import method_named
@@ -140,12 +141,39 @@ def gather(merges: Sequence[JobMerge], sum_sections: Callable[[Sequence[Section]
         send_totals([merges[number] for number in waiting], parts)
 
 
-def add_to(sums: dict[Section, Totals], part: Totals, section: Section, first: Section) -> None:
+class FewCounts(NamedTuple):
+    """Counts of which most are 0, as those of a sample's bit patterns are: of the others where each is, and it."""
+
+    shape: tuple[int, ...]
+    places: Any
+    counts: Any
+
+
+class Sums(dict[Section, "Totals | FewCounts"]):
+    """Sums by section. Those of a task may travel to another process: there they arrive without zeros of counts."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sums, ({section: _without_zeros(part) for section, part in self.items()},)
+
+
+def _without_zeros(part: Totals | FewCounts) -> Totals | FewCounts:
+    """Return counts of which less than a quarter aren't 0 as few ones; what else there is as it is."""
+    if isinstance(part, FewCounts) or part.dtype.kind != "i":
+        return part
+    places = np.flatnonzero(part)
+    return FewCounts(part.shape, places, part.ravel()[places]) if 4 * len(places) < part.size else part
+
+
+def add_to(sums: dict[Section, Any], part: Totals | FewCounts, section: Section, first: Section) -> None:
     """Add the sum over a section of a group of tensors, whose first section is ``first``, to all that are known.
 
     Counts are added up at once: there may be a hundred thousand of them for each tensor, and in whatever order they
     are added, their sum is the same. Sums of floats are kept apart until they can be added in the plan's order.
     """
+    if isinstance(part, FewCounts):
+        known = sums.setdefault(first, np.zeros(part.shape, np.int64))
+        known.flat[part.places] += part.counts
+        return
     key = first if part.dtype.kind == "i" else section
     if key in sums:
         sums[key] += part

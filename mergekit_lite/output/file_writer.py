@@ -25,7 +25,7 @@ PAGE = max(4096, mmap.PAGESIZE)  # bytes; position, length and memory of a direc
 MIN_DIRECT = 1 << 18  # bytes; smaller writes go through the cache
 DIRECT_WRITE = 1 << 21  # most bytes of one direct write
 NOT_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of a file system that can't write directly
-WAITING_WEIGHT = 1 / 4  # of a second that leaves the processor to other workers
+FILLED_WAIT = 1 / 4  # what a second of waiting weighs that leaves the processor to other workers
 NEWEST_WEIGHT = 1 / 4  # of the newest time in the running mean
 
 _of_thread = threading.local()
@@ -49,7 +49,7 @@ class FileWriter:
         self._cached = open_own(path, os.O_RDWR | durable | (os.O_CREAT if size is not None else 0))
         try:
             if size is not None:
-                _reserve(self._cached, size)
+                reserve(self._cached, size)
         except OSError:
             os.close(self._cached)
             raise
@@ -69,7 +69,7 @@ class FileWriter:
         write(position, data)
         working = time.thread_time() - worked
         waiting = time.perf_counter() - started - working
-        self._times.record(direct, (working + WAITING_WEIGHT * waiting) / len(data))
+        self._times.record(direct, (working + self._times.waiting_weight * waiting) / len(data))
 
     def read(self, position: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from ``position`` on; return False where the file ends before. Raises OSError."""
@@ -113,10 +113,20 @@ class FileWriter:
             return 0
 
 
+def waiting_weight(workers: int, cores: int) -> float:
+    """Return what a second of waiting weighs: a whole one, unless there is a worker too many who works meanwhile."""
+    return FILLED_WAIT if workers > cores else 1.0
+
+
 class WriteTimes:
-    """Recent seconds per byte of direct and of cached writes, by which the next way to write is chosen."""
+    """Recent seconds per byte of direct and of cached writes, by which the next way to write is chosen.
+
+    Attributes:
+        waiting_weight: what a second counts in which the processor is left to others.
+    """
 
     def __init__(self) -> None:
+        self.waiting_weight = FILLED_WAIT
         self._seconds = {False: 0.0, True: 0.0}  # per byte; of cached writes and of direct ones; 0: not tried yet
         self._writes = 0
 
@@ -142,7 +152,7 @@ class WriteTimes:
         return self._seconds[True] < self._seconds[False]
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def reserve(descriptor: int, size: int) -> None:
     """Give the file its size and room on the disk, so that a full disk shows before the work, and writing costs less.
 
     The system call is used: on file systems that can't do it the C library would write the whole file instead.

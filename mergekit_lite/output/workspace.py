@@ -78,6 +78,10 @@ class OutputWorkspace:
                 self.close()
                 raise
 
+    def weigh_waiting(self, weight: float) -> None:
+        """Say what a second counts that a write waits for the disk; see ``file_writer.waiting_weight``."""
+        self._times.waiting_weight = weight
+
     def share(self) -> None:
         """Let workers on other machines write to the files, too. Raises RunError."""
         self.is_shared = True

@@ -9,20 +9,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from statistics import fmean, median
+from typing import IO, Any, NamedTuple
 
 from mergekit_lite.engine.pool import available_cores
-from mergekit_lite.output.file_writer import WAITING_WEIGHT
+from mergekit_lite.output.file_writer import reserve, waiting_weight
 
-SCRATCH = 1 << 26  # bytes that are written and read back to measure a disk
+SCRATCH = 1 << 26  # bytes that are written and read back to measure a disk, and as many past the page cache
 PIECE = 1 << 21
-LONGEST = 0.2  # seconds for each of the four ways
-COPY_IN, COPY_OUT = 0.2e-9, 0.3e-9  # seconds of processor time a byte, from and to the page cache (measured)
+LONGEST = 0.4  # seconds for writing, and for reading
+FETCH, COPY_IN, COPY_AGAIN, COPY_OUT = 0.6e-9, 0.25e-9, 0.13e-9, 0.25e-9  # seconds of processor time a byte: from the
+# disk by way of the page cache, from there, while it is in the processor's caches, and to the page cache (measured)
 OVER_NET = 1e-9  # likewise, of a byte that comes or goes over TLS; an estimate
 DIRTY_SHARE = 0.15  # of the free memory: written pages beyond it wait for the disk (Linux: between 10 and 20 %)
 LOOKS = 64  # at pages of each input file
+COPIED = 1 << 26  # bytes of the inputs that are copied from the cache, to see what that takes
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Cluster:
         net: bytes a second of each node's connection, each way; None where models are on the nodes' own disks.
         is_shared: with ``net``, whether the models lie in a shared file system, whose pages a node caches; else in an
             object store.
-        copy_in, copy_out: seconds of processor time for a byte that is read, and for one that is written.
+        fetch, copy_in, copy_again, copy_out: seconds of processor time for a byte that the disk gives, for one that the
+            page cache has, for one that was read just now, and for one that is written.
         write_wait: seconds that a worker waits for a byte that it writes.
         buffered: bytes of output that the page cache takes before writing waits for the disk.
         free_memory: bytes that the page cache may take.
@@ -50,7 +54,9 @@ class Cluster:
     write: float = math.inf
     net: float | None = None
     is_shared: bool = False
+    fetch: float = FETCH
     copy_in: float = COPY_IN
+    copy_again: float = COPY_AGAIN
     copy_out: float = COPY_OUT
     write_wait: float = 0.0
     buffered: float = 0.0
@@ -58,8 +64,10 @@ class Cluster:
     is_measured: bool = False
 
 
-def this_cluster(output: Path) -> Cluster:
+def this_cluster(output: Path, workers: int | None = None) -> Cluster:
     """Return this machine: its cores, and what the disk under an output does in a fraction of a second.
+
+    How ``workers`` write, by default one more than cores, is chosen as they do.
 
     What is written for that has no name in the file system and is gone at once, also where the process is killed.
     Where nothing can be written, usual times stand for measured ones.
@@ -68,68 +76,89 @@ def this_cluster(output: Path) -> Cluster:
     folder = next(parent for parent in output.absolute().parents if parent.is_dir())
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as scratch:
-            return _measured(cores, scratch)
+            return _measured(cores, workers or cores + 1, scratch)
     except (OSError, AttributeError):  # nothing can be written there, or not at positions
         return Cluster(cores)
 
 
-def _measured(cores: int, scratch: IO[bytes]) -> Cluster:
+def _measured(cores: int, workers: int, scratch: IO[bytes]) -> Cluster:
+    """Measure a disk by a file without a name, with writes like those of a run, in turns through the cache and past it.
+
+    What was written through the cache is read from there, the rest from the disk, as runs read it. Of writes the median
+    counts: a piece that had to wait for something else tells nothing. Of reads the mean: the system reads ahead.
+    """
     piece = memoryview(mmap.mmap(-1, PIECE))
     piece[:] = os.urandom(1 << 12) * (PIECE >> 12)
-    descriptor = scratch.fileno()
-    to_cache = _timed(lambda place: os.pwrite(descriptor, piece, place))
-    from_cache = _timed(lambda place: os.preadv(descriptor, [piece], place), to_cache.nbytes)
-    through_cache = Cluster(cores, copy_in=from_cache.working, copy_out=to_cache.working, is_measured=True)
-    past = _opened_directly(descriptor)
-    if past is None:
-        return through_cache
+    through = scratch.fileno()
+    reserve(through, 2 * SCRATCH)
+    past = _opened_directly(through)
     try:
-        to_disk = _timed(lambda place: os.pwrite(past, piece, place))
-        from_disk = _timed(lambda place: os.preadv(past, [piece], place), to_disk.nbytes)
-    except OSError:
-        return through_cache
+        to_cache, to_disk = _timed(os.pwrite, piece, median, through, past)
     finally:
-        os.close(past)
-    direct = to_disk.cost < to_cache.cost  # as ``FileWriter`` chooses
+        if past is not None:
+            os.close(past)
+    from_cache, from_disk = _timed(os.preadv, [piece], fmean, through, None if to_disk is None else through)
+    here = Cluster(cores, copy_again=from_cache.working, copy_out=to_cache.working, is_measured=True)
+    if to_disk is None or from_disk is None:
+        return here
+    weight = waiting_weight(workers, cores)
+    direct = to_disk.cost(weight) < to_cache.cost(weight)  # as ``FileWriter`` chooses
     way = to_disk if direct else to_cache
     free_memory = _free_memory()
-    return Cluster(
-        cores,
+    return replace(
+        here,
         read=1 / from_disk.elapsed,
         write=1 / to_disk.elapsed,
-        copy_in=from_cache.working,
+        fetch=from_disk.working,
         copy_out=way.working,
         write_wait=way.waiting,
         buffered=0.0 if direct else DIRTY_SHARE * free_memory,
         free_memory=free_memory,
-        is_measured=True,
     )
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A way to write or read: seconds a byte of work and of waiting, and how many bytes it was tried with."""
+class _Way(NamedTuple):
+    """A way to write or read: seconds a byte of work and of waiting."""
 
     working: float
     waiting: float
-    nbytes: int
 
     @property
     def elapsed(self) -> float:
         return self.working + self.waiting
 
-    @property
-    def cost(self) -> float:
-        return self.working + WAITING_WEIGHT * self.waiting
+    def cost(self, waiting_weight: float) -> float:
+        return self.working + waiting_weight * self.waiting
 
 
-def _timed(move: Callable[[int], int], most: int = SCRATCH) -> _Way:
-    """Time a move of pieces at one place after another, until there are enough of them or it takes too long."""
-    started, worked, moved = time.perf_counter(), time.thread_time(), 0
-    while moved == 0 or (moved < most and time.perf_counter() - started < LONGEST):
-        moved += move(moved)
-    working = time.thread_time() - worked
-    return _Way(working / moved, max(0.0, time.perf_counter() - started - working) / moved, moved)
+def _timed(
+    move: Callable[..., int], piece: Any, typical: Callable[[Iterable[float]], float], first: int, second: int | None
+) -> tuple[_Way, _Way | None]:
+    """Time moves of pieces, in turns in the first half of a file and in the second, each by its descriptor.
+
+    They end where there are enough of them, or it takes too long. There is no second way without a descriptor, or where
+    the system can't do it.
+    """
+    halves = [(first, 0)] if second is None else [(first, 0), (second, SCRATCH)]
+    ways: list[list[_Way]] = [[] for _ in halves]
+    until = time.perf_counter() + LONGEST
+    for place in range(0, SCRATCH, PIECE):
+        for way, (descriptor, begin) in zip(ways, halves, strict=True):
+            started, worked = time.perf_counter(), time.thread_time()
+            try:
+                moved = move(descriptor, piece, begin + place)
+            except OSError:
+                if begin == 0:
+                    raise
+                return _timed(move, piece, typical, first, None)
+            working = time.thread_time() - worked
+            waiting = max(0.0, time.perf_counter() - started - working)
+            if moved:
+                way.append(_Way(working / moved, waiting / moved))
+        if time.perf_counter() > until:
+            break
+    found = [_Way(*map(typical, zip(*way, strict=True))) for way in ways]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _opened_directly(descriptor: int) -> int | None:
@@ -146,26 +175,46 @@ def _free_memory() -> float:
     return 0.0
 
 
-def cached_share(files: Iterable[tuple[Path, int]]) -> float:
-    """Return the share of some files' bytes that are in the page cache, by a look at some pages of each.
+class Cached(NamedTuple):
+    """What of some files is in the page cache: the share of their bytes, and seconds of processor time to copy one.
 
-    A look brings nothing there. 0 where the system can't tell.
+    The seconds are None where nothing is there.
     """
-    cached = total = 0.0
+
+    share: float
+    copying: float | None
+
+
+def cached(files: Iterable[tuple[Path, int]], known: Callable[[Path], bool] = lambda _: False) -> Cached:
+    """Look what of some files, each with its size, is in the page cache, by pieces of each; what is ``known`` to be is.
+
+    A look brings nothing there. Nothing is found where the system can't tell.
+    """
+    there = total = 0.0
+    moved, working = 0, 0.0
+    piece = memoryview(mmap.mmap(-1, PIECE))
     for path, size in files:
         total += size
+        if known(path):
+            there += size
+            continue
         with suppress(OSError, AttributeError):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 places = range(0, size, max(1, size // LOOKS))
-                cached += size * sum(_is_cached(descriptor, place) for place in places) / len(places)
+                for place in places:
+                    started = time.thread_time()
+                    some = _from_cache(descriptor, piece[: PIECE if moved < COPIED else 1], place)
+                    if some > 1:
+                        moved, working = moved + some, working + time.thread_time() - started
+                    there += size * (some > 0) / len(places)
             finally:
                 os.close(descriptor)
-    return cached / total if total else 0.0
+    return Cached(there / total if total else 0.0, working / moved if moved else None)
 
 
-def _is_cached(descriptor: int, place: int) -> bool:
+def _from_cache(descriptor: int, out: memoryview, place: int) -> int:
     try:
-        return os.preadv(descriptor, [bytearray(1)], place, os.RWF_NOWAIT) == 1
+        return os.preadv(descriptor, [out], place, os.RWF_NOWAIT)
     except BlockingIOError:
-        return False
+        return 0

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
+from mergekit_lite.engine.fused import MadeByJob
 from mergekit_lite.engine.pool import tuned_process
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
@@ -25,7 +26,8 @@ from mergekit_lite.planning import Job, Plan
 from mergekit_lite.prediction.made_up import MadeUpReader, made_up
 
 SIZES = (1 << 10, 1 << 18, 1 << 21)  # elements
-TIMES = 3  # that each is measured; the median counts
+TIMES, MOST_TIMES = 3, 20  # that each is measured, after once to warm up; the median counts
+LONG_ENOUGH = 0.02  # seconds of processor time, after which the least number of times will do
 MOST_KINDS = 12  # that are measured, those with the most elements first
 
 
@@ -70,6 +72,8 @@ def kind_of(job: Job) -> Hashable:
 
 
 def _encodings(spec: TensorSpec) -> Hashable:
+    if isinstance(spec.encoding, MadeByJob):
+        return kind_of(spec.encoding.job)
     return type(spec.encoding).__name__, spec.stored_dtype, spec.encoding.block
 
 
@@ -148,10 +152,17 @@ def _measured(plan: Plan, job: Job, writer: SpanWriter, reader: MadeUpReader, *,
         buffers = WorkerBuffers(CPU, len(small.inputs), nbytes)
         merges = [JobMerge(plan, small, v, 0, small.numel) for v in _outputs(plan, job)]
         requests = [merge.request for merge in merges if merge.request is not None]
-        tries = [_once(plan, small, writer, buffers, reader) for _ in range(TIMES)]
-        points[small.numel] = sorted(tries, key=lambda point: point.merging + point.statistics)[TIMES // 2]
+        _once(plan, small, writer, buffers, reader)
+        tries: list[Point] = []
+        while len(tries) < TIMES or (len(tries) < MOST_TIMES and sum(map(_seconds, tries)) < LONG_ENOUGH):
+            tries.append(_once(plan, small, writer, buffers, reader))
+        points[small.numel] = sorted(tries, key=_seconds)[len(tries) // 2]
     group = any(request.group is not None for request in requests)
     return Cost(tuple(points[size] for size in sorted(points)), bool(requests), group)
+
+
+def _seconds(point: Point) -> float:
+    return point.merging + point.statistics
 
 
 def _once(plan: Plan, job: Job, writer: SpanWriter, buffers: WorkerBuffers, reader: MadeUpReader) -> Point:

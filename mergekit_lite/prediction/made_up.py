@@ -21,7 +21,8 @@ from mergekit_lite.deferred import np
 from mergekit_lite.planning import Job
 
 WEIGHT, STEP = 0.02, 1e-4  # rms of the weights of a model, and of what a fine-tune adds to them
-DIFFERENT = 1 << 17  # elements that are made; behind them they repeat
+DIFFERENT = 131_101  # elements that are made; behind them they repeat. A prime: else a sample meets the same ones, and
+# all amounts are there equally often, so that no k splits those that are equal
 LOW, HIGH = 0x30, 0x3E  # bytes of which floats of 8, 16 and 32 bits are finite, and neither tiny nor huge
 PATTERN = "pattern"
 

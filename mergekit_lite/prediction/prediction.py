@@ -19,8 +19,9 @@ import heapq
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_lite import block_fp8
@@ -29,7 +30,7 @@ from mergekit_lite.engine.tensor_merge import LARGE
 from mergekit_lite.engine.tiling import SPAN
 from mergekit_lite.methods.tensor_merge import SECTION
 from mergekit_lite.planning import Plan
-from mergekit_lite.prediction.cluster import OVER_NET, Cluster, cached_share
+from mergekit_lite.prediction.cluster import OVER_NET, Cached, Cluster, cached
 from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
 
 PER_TENSOR = 75e-6  # seconds of the command's own processor time, while the workers work and again at the end: tasks,
@@ -159,6 +160,7 @@ def predict(
     workers: int | None = None,
     started: float | None = None,
     costs: Costs | None = None,
+    before: Collection[Path] = (),
 ) -> Prediction:
     """Predict what a run of a plan on CPUs will take; headers are all that is looked at.
 
@@ -168,11 +170,12 @@ def predict(
         workers: of each node; by default one more than cores on a single one, else one for each core.
         started: seconds that start-up and planning took; by default the processor time of this process.
         costs: of the plan's jobs, where they were measured before.
+        before: input files that were read just before, and are in the page cache therefore.
     """
     started = time.process_time() if started is None else started
     workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
     costs = costs or measured_costs(plan)
-    work = _Work(plan, cluster)
+    work = _Work(plan, cluster, before)
     for (kind, job), count in _alike(plan, costs.kinds, by_file=work.by_file).items():
         work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
@@ -238,7 +241,7 @@ class _Work:
         by_file: whether a worker makes a whole file.
     """
 
-    def __init__(self, plan: Plan, cluster: Cluster) -> None:
+    def __init__(self, plan: Plan, cluster: Cluster, before: Collection[Path]) -> None:
         self.cluster = cluster
         self.early: list[tuple[Load, int]] = []
         self._spans: list[tuple[Load, int]] = []
@@ -246,11 +249,15 @@ class _Work:
         in_store = cluster.net is not None and not cluster.is_shared
         self.by_file = in_store and cluster.nodes > 1 and len(plan.layout.files) > 1
         self.read_again = 0.0
-        cached, self.stays = 0.0, False
+        there, self.stays = Cached(0.0, None), False
         if cluster.is_measured:
-            cached = cached_share((file.path, file.size) for source in plan.inputs for file in source.files)
+            files = ((file.path, file.size) for source in plan.inputs for file in source.files_read)
+            # What isn't there yet another plan will have written, through the page cache where that is the quicker way.
+            there = cached(files, lambda path: path in before or (cluster.buffered > 0 and not path.exists()))
             self.stays = plan.bytes_to_read <= FITS * cluster.free_memory
-        self.uncached = 1 - cached
+        self.uncached = 1 - there.share
+        self.copy_in = there.copying or cluster.copy_in
+        self.fetch = cluster.copy_in if in_store else cluster.fetch
 
     @property
     def late(self) -> list[tuple[Load, int]]:
@@ -274,19 +281,25 @@ class _Work:
         first_read = job.read * self.uncached
         if apart:
             fetched = min(again, first_read) if self.stays else again * self.uncached
-            gathering = Load(point.statistics + again * self.cluster.copy_in, fetched)
+            gathering = Load(point.statistics + self._copying(again, fetched), fetched)
             sections = -(-job.numel // SECTION)
             self.early.append((self._sent(gathering, again).times(1 / sections), sections * count))
             first_read = first_read - fetched if self.stays else first_read
         seconds = point.merging + (0.0 if apart else point.statistics) + PER_TENSOR
-        copied = job.read + (0.0 if apart else again)
-        seconds += copied * self.cluster.copy_in + job.written * self.cluster.copy_out
-        load = self._sent(Load(seconds, first_read, job.written), copied)
+        again = 0.0 if apart else again
+        seconds += (
+            self._copying(job.read, first_read) + again * self.cluster.copy_again + job.written * self.cluster.copy_out
+        )
+        load = self._sent(Load(seconds, first_read, job.written), job.read + again)
         if self.by_file:
             self._files[job.file] = self._files.get(job.file, Load()).plus(load, count)
             return
         spans = 1 if job.codes or (cost.has_statistics and not apart) else max(1, -(-job.numel // SPAN))
         self._spans.append((load.times(1 / spans), spans * count))
+
+    def _copying(self, nbytes: float, fetched: float) -> float:
+        """Return the seconds of processor time to read some bytes, of which those fetched are not in the page cache."""
+        return fetched * self.fetch + (nbytes - fetched) * self.copy_in
 
     def _sent(self, load: Load, copied: float) -> Load:
         """Return a load with what of it crosses the network, if anything; ``copied`` are all bytes that are read."""
@@ -323,9 +336,10 @@ class _Pace:
     def alone(self, load: Load) -> float:
         """Return the seconds that one worker alone takes, doing one thing after another."""
         cluster = self.cluster
-        writing = cluster.write_wait if cluster.is_measured else 1 / cluster.write
+        reading = max(0.0, 1 / cluster.read - cluster.fetch)  # a rate is what one sees who moves bytes, work included
+        writing = cluster.write_wait if cluster.is_measured else max(0.0, 1 / cluster.write - cluster.copy_out)
         moved = (load.received + load.sent) / (cluster.net or math.inf)
-        return load.processor + load.fetched / cluster.read + load.stored * writing + moved
+        return load.processor + load.fetched * reading + load.stored * writing + moved
 
     def node(self, load: Load) -> float:
         """Return the seconds that the cores, the disk and the connection of one node take at least."""

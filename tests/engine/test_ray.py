@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from mergekit_lite import merge
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.commands import main
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
+from mergekit_lite.engine.ray_workers import LOOK_AROUND
 from mergekit_lite.engine.tensor_merge import JobMerge
 from mergekit_lite.merging import plan_merge
 from mergekit_lite.methods import METHODS
@@ -116,6 +118,7 @@ def lines(place: Path) -> int:
         (("--ray", "local"), "local:N"),
         (("--ray", "local:0"), "local:N"),
         (("--ray", "somewhere"), "HOST:PORT"),
+        (("--ray", "127.0.0.1:1"), "127.0.0.1:1 takes no connection"),
         (("--ray", "auto", "--device", "cuda:1"), "all GPUs"),
         (("--ray", "local:2", "--fetch-cache", "1GB"), "fetch for themselves"),
     ],
@@ -348,6 +351,24 @@ def test_a_node_killed(nodes: RayNodes, tmp_path: Path) -> None:
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
     assert sum(node["workers_lost"] for node in json.loads(out)["nodes"]) == 1
     assert re.fullmatch(r"Warning: 1 worker of \S+ \(\w+\) ended early; others did their work\.\n", err), err
+
+
+@pytest.mark.slow
+def test_the_head_killed(tmp_path: Path) -> None:
+    """It is missed for half a minute; then a message says how to go on, and nothing waits for Ray."""
+    models(tmp_path, layers=40)
+    run(tmp_path, "merge", "ties.yml", "-o", "plain")
+    with RayNodes(2) as own, running(tmp_path, "merge", "ties.yml", "-o", "out", "--ray", own.address, "-q") as process:
+        process.send_signal(signal.SIGSTOP)  # it shall not be done before it looks for the head again
+        own.kill_head()
+        time.sleep(LOOK_AROUND)
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert re.search(rf"^Error: Ray: the head of the cluster, {own.address}, .* --resume goes on", err, re.M), err
+    assert "Traceback" not in err
+    run(tmp_path, "merge", "ties.yml", "-o", "out", "--resume")
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
 
 
 @pytest.mark.slow
