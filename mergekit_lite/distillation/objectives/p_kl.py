@@ -54,7 +54,7 @@ def _prepared(
     places[chosen] = torch.arange(len(chosen), device=device)
     kept = places[reached] >= 0
     tokens, slots = entries[0][kept], places[reached[kept]]
-    matrix = Columns(tokens, slots, weights[entries][kept], size, len(chosen), temperature)
+    matrix = Columns(tokens, slots, weights[entries][kept], len(chosen), temperature)
     return _Projected(matrix, places)
 
 

@@ -74,7 +74,7 @@ def _hybrid(own: Tensor, size: int, like: Tensor) -> _Hybrid:
     unmatched = torch.ones(size, dtype=torch.bool, device=own.device)
     unmatched[own[own >= 0]] = False
     tokens = unmatched.nonzero()[:, 0]
-    mass = Columns(tokens, torch.zeros_like(tokens), like.new_ones(len(tokens)), size, 1) if len(tokens) else None
+    mass = Columns(tokens, torch.zeros_like(tokens), like.new_ones(len(tokens)), 1) if len(tokens) else None
     return _Hybrid(own, unmatched, mass, int((own >= 0).sum()))
 
 
