@@ -61,7 +61,7 @@ def _prepared(
 @distance(
     "T² Σ_c P(c) log(P(c)/Q(c)), Q ∝ the mean of qW, log P the mean of log p over the group",
     "X-Token's P-KL, 2605.21699",
-    "any vocabulary, with its likeliest tokens; the best published across tokenizers",
+    "the best published figures across tokenizers",
     "projection",
     prepare=_prepared,
     width=lambda known: 6 * known.columns.count,
