@@ -28,7 +28,7 @@ from mergekit_lite.distillation.objectives.targets import Targets
 
 
 @distance(
-    "Σ_i |p_(i) − q_(i)|, the i-th likeliest of each",
+    "‖sorted p − sorted q‖₁",
     "ULD, 2402.12030",
     "any vocabulary, without a map: the baseline",
     "any",
@@ -74,7 +74,7 @@ def _hybrid(own: Tensor, size: int, like: Tensor) -> _Hybrid:
     unmatched = torch.ones(size, dtype=torch.bool, device=own.device)
     unmatched[own[own >= 0]] = False
     tokens = unmatched.nonzero()[:, 0]
-    mass = Columns(tokens, torch.zeros_like(tokens), like.new_ones(len(tokens)), size, 1) if len(tokens) else None
+    mass = Columns(tokens, torch.zeros_like(tokens), like.new_ones(len(tokens)), 1) if len(tokens) else None
     return _Hybrid(own, unmatched, mass, int((own >= 0).sum()))
 
 
@@ -106,7 +106,7 @@ def _by_projection(
 
 
 @distance(
-    "w Σ_matched JSD_β(P, Q) + (1 − w) Σ_i |P_(i) − Q_(i)| of the others; P, Q of a group by the chain rule",
+    "w Σ_matched JSD_β(P, Q) + (1 − w) ‖sorted P − sorted Q‖₁ of the others; P, Q of a group by the chain rule",
     "GOLD, TRL's GOLDTrainer",
     "vocabularies that share most tokens; not where one has numbers digit by digit",
     "map",
@@ -136,7 +136,7 @@ def gold(
 
 
 @distance(
-    "w Σ_matched [P log(P/Q) − P + Q] + (1 − w) Σ_i |P_(i) − Q_(i)| of the others; matched: W's main entry ≥ threshold",
+    "w Σ_matched [P log(P/Q) − P + Q] + (1 − w) ‖sorted P − sorted Q‖₁ of the others; matched by W",
     "X-Token's H-KL, 2605.21699",
     "as GOLD, where few tokens are the same strings",
     "projection",
