@@ -251,18 +251,19 @@ def test_a_teacher_that_is_not_there(tmp_path, monkeypatch, kept):
     monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
     strong = teacher(tmp_path / "strong", server="http://127.0.0.1:9/v1", retries=1)
     strong.pop("batch_size")
-    with pytest.raises(RunError, match="strong, served at .*: no connection"):
+    with pytest.raises(RunError, match=r"strong, served at .*: no connection"):
         trained(recipe(tmp_path, [strong], rounds=1))
     assert len(rows(tmp_path, 1, "answers")) == 8
 
 
-def test_adapters_and_sixteen_bits(tmp_path):
-    settings = {"dtype": "bfloat16", "lora": {"rank": 4}, "learning_rate": 1e-2, "gradient_checkpointing": True}
+@pytest.mark.parametrize("lora", [{"rank": 4}, None])
+def test_adapters_and_sixteen_bits(tmp_path, lora):
+    settings = {"dtype": "bfloat16", "lora": lora, "learning_rate": 1e-2, "gradient_checkpointing": lora is not None}
     trained(recipe(tmp_path, [teacher(tmp_path / "strong")], **settings))
     made = tmp_path / "out" / "train" / "on_policy"
     found = log(made)
     assert [row["ratio"] == 1 for row in found] == [True, False] * 2
-    assert (made / "adapter").is_dir()
+    assert (made / "adapter").is_dir() == (lora is not None)
     assert {tensor.dtype for tensor in weights(made).values()} == {torch.bfloat16}
 
 
