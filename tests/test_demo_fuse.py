@@ -14,6 +14,7 @@ from demo.fuse.__main__ import write_questions, write_recipes
 from demo.fuse.models import FAMILIES
 from demo.fuse.plan import QUICK, ROADS, STUDENT, TEACHERS, Files
 from mergekit_lite.answers.template import ChatTemplate
+from mergekit_lite.distillation.recipe.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,23 @@ def test_no_row_is_another_seeds_or_held_out(out):
     assert len(set(asked)) == len(asked) == 3 * (2 * QUICK.rows + QUICK.held_out)
     together = [json.loads(line)["prompt"] for line in out.rows("all").read_text().splitlines()]
     assert sorted(together) == sorted(question for some in rows for question in some)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_recipes_load_and_train_what_the_road_says(road, out):
+    recipe = load(out.recipe(1, road))
+    assert recipe.seed == 1 and tuple(recipe.train.stages) == ROADS[road]
+    assert {teacher.name for teacher in recipe.teachers} >= ({*TEACHERS} if road != "sft" else set())
+
+
+def test_all_roads_train_as_many_responses(out):
+    asked = QUICK.rows * len(STUDENT)
+    for road in ROADS:
+        stages = load(out.recipe(0, road)).train.stages
+        rows = sum(each.epochs * getattr(each, "rounds", 1) * (getattr(each, "prompts", None) or asked)
+                   for each in stages.values())  # fmt: skip
+        pairwise = getattr(stages.get("fuse"), "pairwise", None)
+        assert rows * (len(TEACHERS) if pairwise else 1) == 3 * asked, road
 
 
 def test_prompts_and_responses_are_what_each_template_says(out):

@@ -103,7 +103,8 @@ def write_recipes(out: Files, size: Size) -> None:
 def write_recipe(path: Path, road: str, folder: str, size: Size, **values: object) -> None:
     parts = ["common", *(["teachers"] if road != "sft" else []), road]
     text = "\n".join((RECIPES / f"{part}.yaml").read_text() for part in parts)
-    path.write_text(Template(text).substitute(folder=folder, batch=size.batch, **values))
+    asked = size.rows * len(skills.SKILLS) // 6  # in a round of on-policy training
+    path.write_text(Template(text).substitute(folder=folder, batch=size.batch, round=asked, **values))
 
 
 def teach(out: Files) -> None:
