@@ -1,6 +1,7 @@
 # make demo    train a small pair, extrapolate it, score it, draw the curve (minutes)
 # make demo-boost   let boost find the alpha for the demo's pair (minutes, after make demo)
 # make demo-distill   three strong models teach a small one on three roads, all measured (a quarter of an hour)
+# make demo-fuse      three teachers of other tokenizers, what they say of given answers, seven roads, all measured (20 minutes)
 # make demo-real   a released model: DPO on its own answers, extrapolation, costs, rounding (an hour)
 # make test    the test suite
 # make test-slow   the tests that take long: proofs by many runs, very many tensors, every family by every command
@@ -24,7 +25,7 @@ MERGEKIT ?= $(wildcard $(PARITY_VENV)/bin/mergekit-yaml)
 
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-boost demo-distill demo-real test test-slow bench parity check dist clean
+.PHONY: demo demo-boost demo-distill demo-fuse demo-real test test-slow bench parity check dist clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo.extrapolate --out demo/out
@@ -34,6 +35,9 @@ demo-boost: $(VENV)/.ready
 
 demo-distill: $(VENV)/.ready
 	$(BIN)/python -m demo.distill --out demo/out-distill
+
+demo-fuse: $(VENV)/.ready
+	$(BIN)/python -m demo.fuse --out demo/out-fuse
 
 demo-real: $(VENV)/.ready
 	$(BIN)/python -m demo.real --out demo/out-real
@@ -80,4 +84,4 @@ $(PARITY_VENV)/.ready: pyproject.toml setup.py mergekit_lite/ops/kernels.c
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) demo/out demo/out-distill demo/out-real benchmarks/out parity/out
+	rm -rf $(VENV) $(PARITY_VENV) demo/out demo/out-distill demo/out-fuse demo/out-real benchmarks/out parity/out

@@ -18,7 +18,7 @@ from time import perf_counter
 import click
 
 from demo.distill import page, results, skills
-from demo.distill.jobs import AT_ONCE, Job, claim, console, mergekit_lite, python, run, serving, stage
+from demo.distill.jobs import Job, claim, console, mergekit_lite, python, run, serving, stage
 from demo.distill.plan import ALPHAS, CAREFUL, FULL, LEARNT, MERGES, QUICK, ROADS, Out, Size
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -158,26 +158,15 @@ def evaluate(out: Out) -> dict[str, float]:
     roads = [(seed, road) for seed in out.seeds for road in ROADS]
     stages = [out.trained(seed, road, stage) for seed, road in roads for stage in ("sft", "preference")]
     with stage("Scoring on questions that no model has learnt from"):
-        score(out, "choosing", [*stages, *(out.expo(seed, road, f"{a:g}") for seed, road in roads for a in ALPHAS)])
+        tried = [out.expo(seed, road, f"{alpha:g}") for seed, road in roads for alpha in ALPHAS]
+        results.score(out, "choosing", [*stages, *tried])
         choosing = results.Results(out, "choosing")
         alphas = {road: results.best_alpha(choosing, road) for road in ROADS}
         once = [out.model(name) for name in LEARNT]
         expo = [out.expo(seed, road, f"{alphas[road]:g}") for seed, road in roads]
         merged = [out.merged(seed, method) for seed in out.seeds for method in MERGES]
-        score(out, "held-out", [*once, *stages, *expo, *merged])
+        results.score(out, "held-out", [*once, *stages, *expo, *merged])
     return alphas
-
-
-def score(out: Out, prompts: str, models: list[Path]) -> None:
-    """Let the models answer, in as many processes as run at once."""
-    jobs = []
-    for part in range(AT_ONCE):
-        path = out.results(prompts, part)
-        path.parent.mkdir(exist_ok=True)
-        some = models[part::AT_ONCE]
-        command = python("demo.distill.evaluation", out.prompts(prompts), path, *some)
-        jobs.append(Job(f"{len(some)} models on the {prompts} prompts, part {part}", command))
-    run(jobs, out.logs)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ DRAWS = 2  # answers to each prompt
 def main(prompts: Path, output: Path, models: Sequence[Path]) -> None:
     """Score all MODELS on all PROMPTS; OUTPUT gets ``{model: {right, greedy, length: [a figure a prompt]}}``."""
     asked = read_prompts(prompts)
-    output.write_text(json.dumps({str(model): scored(model, asked) for model in models}) + "\n")
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_text(json.dumps({str(model): scored(model, asked) for model in models}) + "\n")
+    partial.rename(output)  # what has its name is complete
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from demo.distill import skills
-from demo.distill.models import FAMILIES
+from demo.distill.models import FAMILIES, Family
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,20 @@ def taught(
         yield loss.item()
 
 
+def make(family: Family, skill_names: tuple[str, ...], careful: float, steps: int, seed: int, out: Path) -> None:
+    """Make a model of a family and write its folder."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, tokenizer = family.build(seed)
+    *_, loss = taught(model, tokenizer, skill_names, careful, steps, seed)
+    partial = out.with_name(f"{out.name}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(out)  # what has its name is complete
+    print(f"{family.name}: {model.num_parameters() / 1e6:.2f} M parameters, loss {loss:.3f}")
+
+
 @click.command()
 @click.argument("family", type=click.Choice(list(FAMILIES)))
 @click.option("--skills", "skill_names", required=True, help="The skills to learn, with commas.")
@@ -74,16 +88,7 @@ def taught(
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The model's folder.")
 def main(family: str, skill_names: str, steps: int, careful: float, seed: int, out: Path) -> None:
     """Make one model: random weights, and STEPS of training on demonstrations."""
-    import torch
-
-    torch.set_num_threads(1)
-    model, tokenizer = FAMILIES[family].build(seed)
-    *_, loss = taught(model, tokenizer, tuple(skill_names.split(",")), careful, steps, seed)
-    partial = out.with_name(f"{out.name}.partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(out)  # what has its name is complete
-    print(f"{family}: {model.num_parameters() / 1e6:.2f} M parameters, loss {loss:.3f}")
+    make(FAMILIES[family], tuple(skill_names.split(",")), careful, steps, seed, out)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def write(out: Out, alphas: dict[str, float], console: "Console") -> None:
         "The stages' own reports: " + ", ".join(f"`runs/{out.seeds[0]}-{road}/report/report.md`" for road in ROADS),
     ]
     (folder / "report.md").write_text("\n\n".join(map(markdown, parts)) + "\n")
-    (folder / "report.html").write_text(as_html(parts, {p.name: p.read_bytes() for p in folder.glob("*.png")}))
+    (folder / "report.html").write_text(as_html(TITLE, parts, {p.name: p.read_bytes() for p in folder.glob("*.png")}))
     data = {
         "finding": finding,
         "seeds": len(out.seeds),
@@ -206,9 +206,9 @@ def markdown(part: str | Table) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def as_html(parts: Sequence[str | Table], images: dict[str, bytes]) -> str:
+def as_html(title: str, parts: Sequence[str | Table], images: dict[str, bytes]) -> str:
     """One file: the pictures are in it."""
-    return html.document(TITLE, [as_element(part, images) for part in parts])
+    return html.document(title, [as_element(part, images) for part in parts])
 
 
 def as_element(part: str | Table, images: dict[str, bytes]) -> html.Markup:

@@ -1,6 +1,6 @@
 """Right answers of all models, by skill; and over alpha, past the end of each road."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -14,8 +14,13 @@ COLOURS = {"dpo": BLUE, "wrpo": ORANGE, "fusechat3": GREEN}
 LINES = {"dpo": "-", "wrpo": (0, (4, 4)), "fusechat3": "-"}  # DPO and WRPO may lie on each other
 
 
-def models(measured: Sequence[Measured], domains: Sequence[str], picture: Path) -> None:
-    """Draw a panel for all questions and one for each skill: a line for each model, with its interval and its seeds."""
+def models(
+    measured: Sequence[Measured], domains: Sequence[str], picture: Path, colours: Mapping[str, str] = COLOURS
+) -> None:
+    """Draw a panel for all questions and one for each skill: a line for each model, with its interval and its seeds.
+
+    ``colours`` are of roads; what belongs to none of them is grey.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +37,7 @@ def models(measured: Sequence[Measured], domains: Sequence[str], picture: Path) 
         for place, model in zip(places, measured, strict=True):
             table = model.on(chosen)
             found = interval(table)
-            colour = COLOURS.get(model.road, GREY)
+            colour = next((colours[road] for road in colours if road in model.key), GREY)
             reach = [[100 * (found.value - max(found.low, 0))], [100 * (min(found.high, 1) - found.value)]]
             axes.errorbar(
                 [100 * found.value], [place], xerr=reach, fmt="o", color=colour, markersize=6, capsize=3, linewidth=1.6

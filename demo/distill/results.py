@@ -7,7 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 from demo.distill.comparison import Table
+from demo.distill.jobs import AT_ONCE, Job, python, run
 from demo.distill.plan import ALPHAS, LEARNT, MERGES, ROADS, Out
+from mergekit_lite.errors import counted
 
 TITLES = {"dpo": "DPO", "wrpo": "WRPO", "fusechat3": "FuseChat-3.0"}
 MERGE_TITLES = {"linear": "mean", "sce": "SCE"}
@@ -22,11 +24,6 @@ class Measured:
     right: Table  # of answers drawn at temperature 1
     greedy: Table
     length: Table
-
-    @property
-    def road(self) -> str:
-        """The road it was made on; empty for what belongs to none or to several."""
-        return next((road for road in ROADS if road in self.key), "")
 
     def share(self) -> float:
         """Return the share of right answers."""
@@ -68,6 +65,21 @@ class Results:
     def _measured(self, key: str, name: str, models: Sequence[Path]) -> Measured:
         found = [self.scores[str(model)] for model in models]
         return Measured(key, name, *([one[figure] for one in found] for figure in ("right", "greedy", "length")))
+
+
+def score(out: Out, prompts: str, models: Sequence[Path]) -> None:
+    """Let the models that have no results on these prompts yet answer, in as many processes as run at once."""
+    there = Results(out, prompts).scores
+    missing = [model for model in models if str(model) not in there]
+    first = len(list(out.results(prompts, 0).parent.glob(f"{prompts}-*.json")))
+    jobs = []
+    for part in range(min(AT_ONCE, len(missing))):
+        some = missing[part::AT_ONCE]
+        path = out.results(prompts, first + part)
+        path.parent.mkdir(exist_ok=True)
+        command = python("demo.distill.evaluation", out.prompts(prompts), path, *some)
+        jobs.append(Job(f"{counted(len(some), 'model')} on the {prompts} prompts, part {first + part}", command))
+    run(jobs, out.logs)
 
 
 def best_alpha(choosing: Results, road: str) -> float:

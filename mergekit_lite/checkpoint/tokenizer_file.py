@@ -76,6 +76,11 @@ class Tokenizer:
         return text.encode() if number in self.added else self.alphabet.decoded(text)
 
 
+def alphabet_in(content: Mapping[str, Any]) -> Alphabet:
+    """Return how the tokens in the content of a ``tokenizer.json`` are written."""
+    return _tokenizer_in(content).alphabet
+
+
 def read_tokenizers(sources: Sequence[Checkpoint]) -> list[Tokenizer | None]:
     """Read each model's ``tokenizer.json`` and the special tokens beside it; None where it has none.
 
@@ -132,7 +137,7 @@ def _tokenizer_in(content: Mapping[str, Any]) -> Tokenizer:
         for token in listed
         if _is_number(token.get("id"))
     }
-    return Tokenizer(vocabulary_in(content), flags, alphabet_in(content), {})
+    return Tokenizer(vocabulary_in(content), flags, _alphabet(content), {})
 
 
 def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
@@ -160,8 +165,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def alphabet_in(content: Mapping[str, Any]) -> Alphabet:
-    """Return how the tokens in the content of a ``tokenizer.json`` are written."""
+def _alphabet(content: Mapping[str, Any]) -> Alphabet:
     if "ByteLevel" in _kinds([content.get("pre_tokenizer"), content.get("decoder")]):
         return Alphabet.BYTES
     words = _words(content).values()

@@ -182,7 +182,7 @@ def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool | str | Non
 
 def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     from mergekit_lite.distillation import prompts
-    from mergekit_lite.distillation.dry_run import dry_run
+    from mergekit_lite.distillation.dry_run import TOKENS, dry_run
     from mergekit_lite.distillation.recipe.loading import load
     from mergekit_lite.distillation.train import check
     from mergekit_lite.errors import counted, listing
@@ -199,6 +199,13 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     sources = [(s.name, s.model, s.where, f"{s.requests:,}", f"{s.done:,}", f"{s.cut:,}") for s in plan.sources]
     reporter.table(("source", "model", "asked", ">answers", ">done", ">cut"), sources)
     reporter.line(f"\nscored by {', '.join(plan.scorers) or 'nothing'}\n")
+    if plan.teachers:
+        taught = [
+            (t.name, t.model, t.where, f"{t.rows:,}", f"{t.done:,}", f"{t.bytes / 1e9:,.2f} GB", _exaflops(t.exaflops))
+            for t in plan.teachers
+        ]
+        reporter.table(("teacher", "model", "asked", ">rows ≤", ">done", ">files ≈", ">EFLOP ≈"), taught)
+        reporter.line(f"sizes and costs of teaching are at {TOKENS} tokens a response\n")
     stages = [(stage.stage, f"{stage.rows:,}", f"{stage.steps:,}") for stage in plan.training]
     reporter.table(("training", ">rows ≤", ">steps ≤"), stages)
     reporter.line(f"\neverything lies in {recipe.folder}")
@@ -206,3 +213,7 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
         reporter.warn(missing)
     if plan.left_out:
         reporter.warn(listing(f"{counted(len(plan.left_out), 'row')} of the data left out", plan.left_out, 5))
+
+
+def _exaflops(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -1,7 +1,9 @@
-"""``mergekit-lite tokenizer``: models with another tokenizer."""
+"""``mergekit-lite tokenizer``: models with another tokenizer, and two tokenizers side by side."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,16 +15,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.distillation.alignment.report import AlignmentReport, Side
     from mergekit_lite.transplanting.leave_out import Trial
 
 
 @click.group(name="tokenizer", cls=CommandGroup)
 def command() -> None:
-    """Give a model another model's tokenizer.
+    """Give a model another model's tokenizer, or align the two.
 
     \b
     Examples:
       mergekit-lite tokenizer transplant ./model ./donor -o ./transplanted
+      mergekit-lite tokenizer align ./student ./teacher
     """
 
 
@@ -83,3 +87,63 @@ def _show(trials: Sequence[Trial], screen: Screen) -> None:
     screen.out.print("known tokens, left out and rebuilt from the others:")
     screen.out.print(table(("tensor", "method", ">tokens", ">cosine", ">error"), rows))
     screen.out.print()
+
+
+@command.command(
+    name="align",
+    short_help="Tell how the tokens of two models meet.",
+    epilog="""\b
+Examples:
+  mergekit-lite tokenizer align ./student ./teacher
+  mergekit-lite tokenizer align org/student org/teacher pairs/sft.jsonl
+  mergekit-lite tokenizer align ./student ./teacher book.txt --json
+""",
+)
+@click.argument("model")
+@click.argument("other")
+@click.argument("texts", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def align(model: str, other: str, texts: Path | None, as_json: bool) -> None:
+    """Cut texts where the tokens of MODEL and OTHER have consumed the same bytes, and tell what lies between.
+
+    Distilling across tokenizers compares the two there. TEXTS are rows as for training (.jsonl, .json, .parquet), rows
+    with a "text", or plain text (.txt, .md); by default a few texts of many kinds.
+    """
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.distillation.alignment.report import align as compare
+
+    report = compare(model, other, texts)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=1, allow_nan=False))
+    else:
+        _show_alignment(Screen(quiet=False, verbose=False), report)
+
+
+def _show_alignment(screen: Screen, report: AlignmentReport) -> None:
+    from mergekit_lite.commands.screen import table
+    from mergekit_lite.errors import counted
+
+    sides = (("MODEL", report.student), ("OTHER", report.teacher))
+    rows = [(label, *_facts(side)) for label, side in sides]
+    screen.out.print(table(("", "", "alphabet", ">tokens", ">in the other", ">digits in one"), rows))
+    screen.out.print(
+        f"\n{counted(report.aligned, 'text')} of {report.texts:,} aligned, {counted(report.bytes, 'byte')}; tokens of "
+        "MODEL to tokens of OTHER between two cuts:"
+    )
+    total = [sum(getattr(share, name) for share in report.shares.values()) for name in ("groups", "student", "teacher")]
+    shares = [
+        (kind, *(f"{part / max(whole, 1):.1%}" for part, whole in zip(vars(share).values(), total, strict=True)))
+        for kind, share in report.shares.items()
+    ]
+    counts = ("", *(f"{number:,}" for number in total))
+    screen.out.print(table(("", ">groups", ">tokens of MODEL", ">tokens of OTHER"), [*shares, counts]))
+    for label, side in sides:
+        for reason, number in side.refused.items():
+            screen.warn(f"{label}: {counted(number, 'text')} left out: {reason}")
+    if report.student.digits != report.teacher.digits:
+        screen.warn("numbers are cut otherwise: methods that need the same tokens teach little of them")
+
+
+def _facts(side: Side) -> tuple[str, ...]:
+    share = side.shared / max(side.tokens, 1)
+    return (side.name, side.alphabet, f"{side.tokens:,}", f"{side.shared:,} ({share:.1%})", str(side.digits))

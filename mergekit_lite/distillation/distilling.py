@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergekit_lite.distillation import sample as sampling
+from mergekit_lite.distillation import teach as teaching
 from mergekit_lite.distillation import train as training
 from mergekit_lite.distillation.pair import pair
 from mergekit_lite.distillation.recipe.loading import load
@@ -17,13 +18,13 @@ from mergekit_lite.options import named_options
 
 @named_options
 def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporter | None = None) -> Findings:
-    """Distill strong models into a small one by preferences, as a recipe says: sample, score, pair, train and report.
+    """Distill strong models into a small one, as a recipe says: sample, score, pair, teach, train and report.
 
     Every stage reads and writes files in the recipe's folder; what is done is not done again.
 
     Args:
         recipe: a YAML file; see docs/distill.md.
-        skip_missing: go on without the answers that a source fails to give.
+        skip_missing: go on without the answers that a source fails to give, and the rows that a teacher fails to score.
         reporter: gets results, warnings and progress; by default nothing is shown.
 
     Returns:
@@ -36,6 +37,8 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
     loaded, reporter = load(Path(recipe)), reporter or Reporter()
     training.check(loaded)  # what would be refused hours later
     sampling.check(loaded, and_target=True)
+    if loaded.train.fuse is not None:
+        teaching.check(loaded)
     for _ in range(1 if loaded.target_source is None else 2):  # the target answers for itself once its SFT is done
         reporter.line("[sample]")
         sampling.sample(loaded, reporter, skip_missing=skip_missing)
@@ -43,6 +46,9 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
         score(loaded, reporter)
         reporter.line("[pair]")
         pair(loaded, reporter, skip_missing=skip_missing)
+        if loaded.train.fuse is not None:
+            reporter.line("[teach]")
+            teaching.teach(loaded, reporter, skip_missing=skip_missing)
         reporter.line("[train]")
         training.train(loaded, reporter)
     reporter.line("[report]")

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_lite.answers.asking import urls_of
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import ANSWER, Key, Prompt
+from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.distillation.data.given import Left, examples, given_answers
 from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.on_policy.rounds import planned
 from mergekit_lite.distillation.pairing.assign import floor_share
 from mergekit_lite.distillation.pairing.counts import counts_of
-from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource, Training
+from mergekit_lite.distillation.recipe.schema import TARGET, OnPolicy, Recipe, RecipeSource, RecipeTeacher, Training
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
+from mergekit_lite.distillation.teaching.encoding import Layout
+from mergekit_lite.distillation.teaching.files import TaughtFile, is_taught
+from mergekit_lite.errors import CheckpointError
+
+TOKENS, VOCABULARY = 400, 152_000  # of a response, and of a teacher, where costs are estimated
+MADE_BY = {"sft": "SFT", "fuse": "fusing", "on_policy": "on-policy training"}
 
 
 class DomainRows(NamedTuple):
@@ -40,6 +49,18 @@ class SourceRequests(NamedTuple):
     cut: int = 0  # of those that are done, by the limit of tokens
 
 
+class TeacherRows(NamedTuple):
+    """The most rows that one teacher scores, and about what that takes, at ``TOKENS`` tokens a response."""
+
+    name: str
+    model: str
+    where: str
+    rows: int
+    done: int
+    bytes: int  # of its files
+    exaflops: float | None  # of its forward passes over the responses; None where its size isn't known here
+
+
 class TrainingSteps(NamedTuple):
     """The most rows and optimiser steps of one training."""
 
@@ -54,13 +75,16 @@ class DryRun(NamedTuple):
     domains: tuple[DomainRows, ...]
     sources: tuple[SourceRequests, ...]
     scorers: tuple[str, ...]
+    teachers: tuple[TeacherRows, ...]
     training: tuple[TrainingSteps, ...]
     missing_models: tuple[str, ...]
     left_out: tuple[str, ...] = ()  # rows that are given and can't be read
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        tables = {key: [row._asdict() for row in getattr(self, key)] for key in ("domains", "sources", "training")}
+        tables = {
+            key: [row._asdict() for row in getattr(self, key)] for key in ("domains", "sources", "teachers", "training")
+        }
         return {**self._asdict(), **tables}
 
 
@@ -72,18 +96,57 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
     if recipe.target_source is not None:
         may_wait = (prompt for prompt in prompts if recipe.pairs.of(prompt.domain).needs_target)
         sources.append(_target(recipe, recipe.target_source, domains, may_wait))
-    rows = {stage: sum(getattr(domain, stage) for domain in domains) for stage in recipe.train.stages}
     left_out: list[str] = []
-    if recipe.rows is not None:
-        rows = {stage: _given(getattr(recipe.rows, stage), left_out) for stage in recipe.train.stages}
-    training = [_steps(stage, settings, rows[stage]) for stage, settings in recipe.train.stages.items()]
+    if recipe.rows is None:
+        sft = {domain.domain: domain.sft for domain in domains}
+        preference = sum(domain.preference for domain in domains)
+    else:
+        sft = _given(recipe.rows.sft, left_out)
+        preference = sum(_given(recipe.rows.preference, left_out).values())
+    rows = {"sft": sum(sft.values()), "fuse": sum(sft.values()), "preference": preference}
+    asked = len(prompts) or sum(sft.values()) + preference
+    training = [
+        _rounds(settings, asked) if isinstance(settings, OnPolicy) else _steps(stage, settings, rows[stage])
+        for stage, settings in recipe.train.stages.items()
+    ]
+    teachers = tuple(_teacher(recipe, teacher, sft) for teacher in recipe.teachers) if recipe.train.fuse else ()
     scorers = tuple(scorer.name for scorer in recipe.scorers)
     missing = tuple(missing_models(recipe, and_target=True))
-    return DryRun(domains, tuple(sources), scorers, tuple(training), missing, tuple(left_out))
+    return DryRun(domains, tuple(sources), scorers, teachers, tuple(training), missing, tuple(left_out))
 
 
-def _given(origins: Iterable[Data], problems: list[str]) -> int:
-    return sum(1 for origin in origins for _ in examples(origin, problems))
+def _given(origins: Iterable[Data], problems: list[str]) -> Counter[str]:
+    """Return the numbers of rows by domain."""
+    return Counter(example.prompt.domain for origin in origins for example, _ in examples(origin, problems))
+
+
+def _teacher(recipe: Recipe, teacher: RecipeTeacher, by_domain: Mapping[str, int]) -> TeacherRows:
+    rows = sum(number for domain, number in by_domain.items() if teacher.teaches(domain))
+    where = "in this process" if teacher.server is None else ", ".join(urls_of(teacher.server))
+    size = _parameters(teacher.model)
+    folder = Folder(recipe.folder).taught(teacher.name)
+    done = len(TaughtFile(folder)) if is_taught(folder) else 0
+    layout = Layout.of(VOCABULARY, teacher.top)
+    bits = layout.size + layout.id_bits + 32 + 4  # the token itself, its log-probability, the bytes of its text
+    return TeacherRows(
+        teacher.name,
+        teacher.model,
+        where,
+        rows,
+        min(done, rows),
+        rows * TOKENS * bits // 8,
+        None if size is None else rows * TOKENS * 2 * size / 1e18,
+    )
+
+
+def _parameters(model: str) -> int | None:
+    """Return the number of a model's weights, where it lies here."""
+    if not Path(model).is_dir():
+        return None
+    try:
+        return sum(spec.numel for spec in open_checkpoint(model).tensors.values())
+    except CheckpointError:
+        return None
 
 
 def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
@@ -101,6 +164,11 @@ def _steps(stage: str, training: Training, rows: int) -> TrainingSteps:
     held = training.eval if training.eval >= 1 else math.floor(training.eval * rows + 1e-9)
     trained = max(0, rows - int(held))
     return TrainingSteps(stage, trained, math.floor(training.epochs * trained + 1e-9) // training.batch_size)
+
+
+def _rounds(training: OnPolicy, prompts: int) -> TrainingSteps:
+    plan = planned(training, prompts)
+    return TrainingSteps("on_policy", plan.rounds * plan.answers, plan.all_steps)
 
 
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:
@@ -123,5 +191,7 @@ def _target(
 ) -> SourceRequests:
     waiting = [rows for rows in domains if recipe.pairs.of(rows.domain).needs_target]
     requests = sum(rows.preference * source.answers_to(rows.domain) for rows in waiting)
-    model = source.model if source.server else "what SFT makes" if recipe.train.sft else recipe.target
+    before = recipe.train.before_preference
+    made = recipe.target if before is None else f"what {MADE_BY[before]} makes"
+    model = source.model if source.server else made
     return _source(recipe, source, prompts)._replace(name=TARGET, model=model, requests=requests)

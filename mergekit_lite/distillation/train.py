@@ -1,6 +1,10 @@
-"""The train stage: SFT on the sources' best answers, then preference training, each to a complete model folder.
+"""The train stage: SFT, teachers' distributions, the model's own answers, preferences, each to a complete model folder.
 
     pairs/sft.jsonl ─▶ train/sft ─▶ (the target's own answers, paired) pairs/preference.jsonl ─▶ train/preference
+    pairs/sft.jsonl, teach/ ─▶ train/fuse       prompts ─▶ train/on_policy
+
+Each starts from what the one before it made, in the order sft, fuse, on_policy, preference; any may be left out.
+With ``pairwise`` fusing makes ``train/fuse-TEACHER`` for each teacher, and merges them to ``train/fuse``.
 
 An unfinished training is in ``train/STAGE.partial/``: ``training.json``, ``checkpoint-STEP/``, ``reference/`` and
 ``log.jsonl``. The finished folder ``train/STAGE/`` holds
@@ -13,13 +17,18 @@ An unfinished training is in ``train/STAGE.partial/``: ``training.json``, ``chec
 
 The loss covers the tokens of responses only, the end of the turn included. A step takes ``batch_size`` rows, whatever
 the number of processes. Rows come in a new order each epoch; those that fill no last batch are left out. SFT averages
-over the tokens of a batch. Preference training averages over its rows and has no dropout, as the reference has none.
+over the tokens of a batch, fusing over its groups of tokens as well. Preference training averages over its rows and has
+no dropout, as the reference has none.
 
 **log.jsonl** has a row for each logged step. A figure is the mean since the row before, over all processes:
 
     step, epoch, time    done so far, and when
     loss, grad_norm, learning_rate
-    length/response      SFT: tokens of the responses
+    length/response      SFT, fusing: tokens of the responses
+    clm                  fusing: SFT's part of the loss, nats a token
+    distance             fusing: the teachers' part, mean of the groups; distance/TEACHER: to one of them
+    weight/TEACHER       fusing: mean of its weight over the rows
+    grouped              fusing: share of the tokens that are compared with a teacher's
     length/source, length/target, length/rejected           tokens of chosen responses by role, and of rejected ones
     rewards/source, rewards/target, rewards/rejected        as the objective defines them (β·ρ for DPO and WRPO)
     accuracy             share of rows whose chosen rewards, taken together, are above the rejected one's
@@ -38,17 +47,24 @@ A row has no figure that its steps have no values for (no response of that role,
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.objectives.distances import DISTANCES
+from mergekit_lite.distillation.on_policy import checks as on_policy
+from mergekit_lite.distillation.on_policy.stage import OnPolicyStage
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.training import arguments
-from mergekit_lite.distillation.training.model import unavailable
+from mergekit_lite.distillation.training.fuse_stage import fuse_stage
+from mergekit_lite.distillation.training.model import tokenizer_of, unavailable
 from mergekit_lite.distillation.training.stage import TrainingStage, objective_of
+from mergekit_lite.distillation.training.vocabularies import has_vocabulary_of
 from mergekit_lite.errors import UsageError, counted, listing
 
 
 def train(recipe: Recipe, reporter: Reporter) -> None:
-    """Run both trainings as far as their rows exist, and skip what is done.
+    """Run the trainings as far as what they read exists, and skip what is done.
 
     Under ``accelerate launch`` every process calls this.
 
@@ -58,14 +74,35 @@ def train(recipe: Recipe, reporter: Reporter) -> None:
     check(recipe)
     folder = Folder(recipe.folder)
     start = recipe.target
-    for name, training in recipe.train.stages.items():
-        stage = TrainingStage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
-        if not stage.rows_path.exists() and not stage.final.exists():
+    for name in recipe.train.stages:
+        stage = stage_of(recipe, name, start)
+        missing = [path for path in needs(recipe, name) if not path.exists()]
+        if missing and not folder.trained(name).exists():
             if stage.is_main:
-                reporter.line(f"{name}: waits for {stage.rows_path}")
+                reporter.line(f"{name}: waits for {', '.join(map(str, missing))}")
             return
         stage.run(reporter)
-        start = str(stage.final)
+        start = str(folder.trained(name))
+
+
+def stage_of(recipe: Recipe, name: str, start: str) -> TrainingStage:
+    """Return one of the trainings, from the model that it starts from."""
+    if name == "fuse":
+        return fuse_stage(recipe, start)
+    if name == "on_policy":
+        return OnPolicyStage.of(recipe, start)
+    folder, training = Folder(recipe.folder), recipe.train.stages[name]
+    return TrainingStage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
+
+
+def needs(recipe: Recipe, name: str) -> list[Path]:
+    """Return what earlier stages make for a training."""
+    folder = Folder(recipe.folder)
+    if name == "on_policy":
+        return []  # it settles the prompts itself
+    if name == "fuse":
+        return [folder.pairs("sft"), *(folder.taught(teacher.name) for teacher in recipe.teachers)]
+    return [folder.pairs(name)]
 
 
 def check(recipe: Recipe) -> None:
@@ -74,8 +111,10 @@ def check(recipe: Recipe) -> None:
     Raises:
         UsageError: with all problems.
     """
-    problems: list[str] = []
+    problems: list[str] = on_policy.check(recipe)
     for name, training in recipe.train.stages.items():
+        if name == "on_policy":
+            continue
         problems += arguments.wrong_trainer_keys(training, name)
         problems += unavailable(training, name)
         if training.max_prompt_length is not None and training.max_prompt_length >= training.max_length:
@@ -87,5 +126,21 @@ def check(recipe: Recipe) -> None:
                 problems.append(f"train.{name}: eval_steps has no effect without eval")
     if recipe.train.preference is not None:
         objective_of(recipe.train.preference, problems)
+    problems += other_vocabularies(recipe)
     if problems:
         raise UsageError(listing(f"{counted(len(problems), 'problem')} in the recipe's train", problems))
+
+
+def other_vocabularies(recipe: Recipe) -> list[str]:
+    """Return messages about teachers whose vocabulary isn't the target's, where the objective of fusing needs that."""
+    fuse = recipe.train.fuse
+    if fuse is None or DISTANCES[fuse.objective].vocabulary != "same":
+        return []
+    student = tokenizer_of(recipe.target)
+    fit_all = [name for name, distance in DISTANCES.items() if distance.vocabulary != "same"]
+    return [
+        f"train.fuse: {fuse.objective} needs the target's own vocabulary, and {teacher.name} ({teacher.model}) has "
+        f"another one. For any vocabulary there are {', '.join(fit_all)}."
+        for teacher in recipe.teachers
+        if not has_vocabulary_of(student, tokenizer_of(teacher.model))
+    ]

@@ -2,7 +2,7 @@
 
 ``dies`` ends at once, ``later`` after some answers; ``child`` starts a process of its own and notes its number.
 ``pinned`` lists nothing, and ``cached`` other models; both take the name of their own model alone. ``any`` lists other
-models, too, and takes every name. The others take the name they list alone.
+models, too, and takes every name. The others take the name they list alone. ``weights`` says which ones it serves.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Handler(BaseHTTPRequestHandler):
         if HOW not in ("pinned", "cached", "any") and asked["model"] != OWN:
             return self.send_error(404, "no such model")
         text = f"{asked['model']}: {asked['messages'][-1]['content']} {asked['seed']}"
+        if HOW == "weights":
+            text = f"weights {sum(Path(sys.argv[1], 'model.safetensors').read_bytes())} {asked['seed']}"
         self._reply({"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": text}}]})
 
     def _reply(self, content: object) -> None:

@@ -31,6 +31,7 @@ def taught(
     teacher: int | None = None,
     top: int | None = None,
     shapes: tuple[tuple[int, int], ...] = SHAPES,
+    spread: float = 2.0,
 ) -> Taught:
     """Make a text in groups of the shapes, some positions in none; ``top`` of the teacher's tokens are kept."""
     draws = torch.Generator().manual_seed(seed)
@@ -42,7 +43,7 @@ def taught(
         return torch.cat([none, *each[:4], none, *each[4:], none])
 
     def drawn(positions: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-        logits = torch.randn(positions, vocabulary, generator=draws, dtype=torch.float64) * 2
+        logits = torch.randn(positions, vocabulary, generator=draws, dtype=torch.float64) * spread
         return logits, torch.randint(vocabulary, (positions,), generator=draws)
 
     mine, theirs = groups(0), groups(1)

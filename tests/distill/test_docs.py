@@ -19,7 +19,7 @@ from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.preference import OBJECTIVES
 from mergekit_lite.distillation.recipe.loading import load
-from mergekit_lite.distillation.recipe.schema import Lora, RecipeSource, Rule, Training
+from mergekit_lite.distillation.recipe.schema import Fuse, Lora, RecipeSource, RecipeTeacher, Rule, Train, Training
 from tests.distill.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,8 @@ def test_the_files_are_those_of_the_folder() -> None:
     files = [folder.prompts, folder.samples("SOURCE"), folder.scores("SCORER", "SOURCE")]
     files += [folder.pairs(name) for name in ("sft", "preference", "target", "dropped")]
     assert all(f"| `{file}` |" in PAGE for file in files)
+    assert all(f"`{folder.trained(name)}/`" in PAGE for name in Train.model_fields)
+    assert f"| `{folder.taught('TEACHER')}/` |" in PAGE
 
 
 def test_accelerate_reads_its_configuration(tmp_path: Path) -> None:
@@ -112,7 +114,15 @@ def test_the_sources_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("heading", "keys"),
-    [("Keys of a source", RecipeSource.model_fields), ("Keys of a training", Training.model_fields)],
+    [
+        ("Keys of a source", RecipeSource.model_fields),
+        ("Keys of a training", Training.model_fields),
+        (
+            "Keys of fusing",
+            {name: field for name, field in Fuse.model_fields.items() if name not in Training.model_fields},
+        ),
+        ("Teachers", RecipeTeacher.model_fields),
+    ],
 )
 def test_keys_have_the_defaults_that_the_pages_tell(heading: str, keys: dict[str, FieldInfo]) -> None:
     told = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| ", section(heading), re.MULTILINE))

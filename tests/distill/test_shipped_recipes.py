@@ -1,4 +1,4 @@
-"""The recipes of the two published methods load, plan, and have the published numbers."""
+"""The recipes of the published methods load, plan, and have the published numbers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_lite.distillation.on_policy.checks import check
+from mergekit_lite.distillation.on_policy.rounds import planned
 from mergekit_lite.distillation.recipe.checks import pairing_problems
 from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.recipe import parse
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "distill"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -31,7 +34,8 @@ def test_plans(file: Path) -> None:
     assert list(pairing_problems(recipe, domains)) == []
     assert {*recipe.pairs.domains} <= domains
     for domain in domains:
-        assert any(source.domains is None or domain in source.domains for source in recipe.sources), domain
+        asked = (*recipe.sources, *recipe.teachers)
+        assert any(each.domains is None or domain in each.domains for each in asked), domain
     held_out = {prompts.domain for prompts in recipe.report.prompts}
     assert all(scorer.domains is None or held_out <= set(scorer.domains) for scorer in recipe.scorers[:1])
 
@@ -87,3 +91,42 @@ def test_fusechat_targets_learn_from_the_same() -> None:
     own = {"folder", "target", "train"}
     shared = [load(file).model_dump(exclude=own) for file in FUSECHAT]
     assert all(one == shared[0] for one in shared)
+
+
+def test_fusechat_by_distributions() -> None:
+    recipe = load(FOLDER / "fusechat-7b.yaml")
+    fuse = recipe.train.fuse
+    assert fuse is not None and fuse.pairwise is not None
+    assert len(recipe.teachers) == 6 and recipe.teachers[0].model == recipe.target
+    published = (fuse.objective, fuse.combine, fuse.clm, fuse.learning_rate, fuse.epochs, fuse.warmup_ratio)
+    assert published == ("cross_entropy", "min_ce", 0.9, 5e-6, 3, 0.03)
+    assert fuse.per_device_batch_size * 4 * 8 == fuse.batch_size == 128
+    assert fuse.trainer == {"adam_beta2": 0.999, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    merged = parse((FOLDER.parent / "fusechat" / "fusechat-7b-v2-sce.yml").read_text())
+    assert (merged.merge_method, fuse.pairwise.parameters) == (
+        fuse.pairwise.merge_method,
+        {"select_topk": 0.1, "variant": "fusechat"},
+    )
+
+
+def test_fusellm() -> None:
+    recipe = load(FOLDER / "fusellm-7b.yaml")
+    fuse = recipe.train.fuse
+    assert fuse is not None and fuse.pairwise is None
+    assert [teacher.name for teacher in recipe.teachers] == ["llama-2", "openllama", "mpt"]
+    assert {teacher.top for teacher in recipe.teachers} == {fuse.options["top"]} == {10}
+    assert recipe.teachers[0].model == recipe.target
+    published = (fuse.objective, fuse.combine, fuse.clm, fuse.learning_rate, fuse.epochs, fuse.warmup_ratio)
+    assert published == ("cross_entropy", "min_ce", 0.9, 1e-5, 1, 0.008)
+    assert fuse.per_device_batch_size * 16 * 8 == fuse.batch_size == 128
+    assert fuse.trainer == {"adam_beta2": 0.95, "weight_decay": 0.1, "max_grad_norm": 1.0}
+
+
+def test_on_policy() -> None:
+    recipe = load(FOLDER / "on-policy.yaml")
+    settings = recipe.train.on_policy
+    assert settings is not None and check(recipe) == []
+    assert (settings.prompts, settings.samples, settings.sampling.max_tokens) == (512, 4, 4096)
+    assert (settings.sampling.temperature, settings.sampling.top_p, settings.coef, settings.clip) == (1, 1, 1, None)
+    assert settings.lora is not None and (settings.lora.rank, settings.learning_rate) == (128, 1e-4)
+    assert planned(settings, 103_000).steps == 1  # a round

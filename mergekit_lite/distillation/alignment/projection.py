@@ -69,7 +69,9 @@ Triples = tuple["npt.NDArray[np.int64]", "npt.NDArray[np.int64]", "npt.NDArray[n
 
 def _weighted(pieces: Iterable[tuple[int, Sequence[int]]], entries: int) -> Triples:
     """Return tokens, their pieces and the weights of these."""
-    token, piece, weight = [], [], []
+    token: list[int] = []
+    piece: list[int] = []
+    weight: list[float] = []
     weights = [FIRST * NEXT**place for place in range(entries)]
     for number, cut in pieces:
         first = cut[:entries]
@@ -84,7 +86,7 @@ def _summed(
 ) -> Triples:
     """Add up the weights of equal places."""
     places, which = np.unique(row * width + column, return_inverse=True)
-    return places // width, places % width, np.bincount(which, weight, len(places))
+    return places // width, places % width, np.bincount(which, weight, len(places)).astype(np.float64)
 
 
 def _largest(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from mergekit_lite.answers.template import QUESTION, ChatTemplate, TemplateError
 from mergekit_lite.checkpoint.tokenizer_file import BYTE, ROLES, Alphabet, alphabet_in
@@ -113,12 +112,12 @@ class Spelling:
 
     def _spelled(self, token: int) -> bytes | None:
         if token in self._added:
-            text = self._added[token]
+            added = self._added[token]
             # Runs of blanks that Gemma's tokenizers list as added are tokens of the vocabulary still.
-            return text.encode() if token in self.special else self._plain(text, Alphabet.BYTES)
-        text = self._tokenizer.convert_ids_to_tokens(int(token))
-        if isinstance(text, bytes | type(None)):
-            return text
+            return added.encode() if token in self.special else self._plain(added, Alphabet.BYTES)
+        text: Any = self._tokenizer.convert_ids_to_tokens(int(token))  # bytes in tiktoken's wrappers
+        if not isinstance(text, str):
+            return text if isinstance(text, bytes) else None
         if self._inside:
             text = text.removeprefix(self._inside)
         if self._at_end:
@@ -142,11 +141,7 @@ def _alphabet_of(vocabulary: dict[Any, int]) -> Alphabet:
     return Alphabet.WORDS if "▁" in begins else Alphabet.PLAIN
 
 
-_SPELLINGS: WeakKeyDictionary[PreTrainedTokenizerBase, Spelling] = WeakKeyDictionary()
-
-
+@lru_cache(16)
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     """Return what the tokens of a tokenizer spell; made once for each."""
-    if tokenizer not in _SPELLINGS:
-        _SPELLINGS[tokenizer] = Spelling(tokenizer)
-    return _SPELLINGS[tokenizer]
+    return Spelling(tokenizer)

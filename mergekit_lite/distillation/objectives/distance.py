@@ -112,6 +112,7 @@ class Distance:
     # Makes, once for a batch, what the function takes for a vocabulary: of that, all of the batch's targets, the
     # student's number of tokens, and the options.
     prepare: Callable[..., Any] | None = None
+    width: Callable[[Any], int] = lambda _: 0  # of that, the numbers at once of each position beside its logits
 
     @property
     def defaults(self) -> dict[str, Any]:

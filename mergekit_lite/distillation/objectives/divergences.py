@@ -50,7 +50,10 @@ def jsd(targets: Targets, vocabulary: None = None, *, beta: Share = 0.5, tail: T
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """Return the generalised divergence (N,) of rows (N, K), which need not be normalised; 0 and 1 are the two KL."""
-    p, q = log_p.exp(), log_q.exp()
+    # Events that neither has would be infinity minus infinity in the gradient of log m.
+    absent = log_p.detach().isneginf() & log_q.detach().isneginf()
+    log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
+    p, q = log_p.exp().masked_fill(absent, 0.0), log_q.exp().masked_fill(absent, 0.0)
     if beta == 0:
         return expected(p, log_p - log_q)
     if beta == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -67,22 +67,40 @@ def first_rows(targets: Targets, vocabulary: VocabularyMap | None, top: int | No
         targets: of the teacher.
         vocabulary: None where the teacher's is the student's.
         top: how many of the likeliest tokens to take; all by default.
-
-    Tokens that the student doesn't have are left out. Those that are one token of the student become one, with the sum
-    of their probabilities.
     """
     mine, theirs = (firsts(groups, targets.groups) for groups in (targets.student_groups, targets.teacher_groups))
     groups = ((mine >= 0) & (theirs >= 0)).nonzero()[:, 0]
-    rows = Rows(
-        mine[groups], groups, targets.top_ids[theirs[groups], :top], targets.top_log_probs[theirs[groups], :top]
-    )
-    rows = replace(rows, ids=rows.ids.masked_fill(rows.log_probs.isneginf(), -1))
-    return rows if vocabulary is None else _mapped(rows, vocabulary)
+    theirs = theirs[groups]
+    ids, log_probs = targets.top_ids[theirs, :top], targets.top_log_probs[theirs, :top]
+    if vocabulary is None:
+        return Rows(mine[groups], groups, ids.masked_fill(log_probs.isneginf(), -1), log_probs)
+    return Rows(mine[groups], groups, *mapped(ids, log_probs, student_ids(vocabulary, ids.device)))
 
 
 def student_ids(vocabulary: VocabularyMap, device: torch.device) -> Tensor:
     """Return the map as a tensor (V_teacher,) int64."""
     return torch.from_numpy(vocabulary.student_ids).to(device, torch.int64)
+
+
+def mapped(ids: Tensor, log_probs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a teacher's listed tokens (N, K) as the student's, distinct in a row, and their log-probabilities.
+
+    Tokens that the student doesn't have are left out: −1, −inf. Those that are one token of the student become one,
+    with the sum of their probabilities.
+
+    Args:
+        ids: (N, K) int64; of the teacher.
+        log_probs: (N, K).
+        own: (V_teacher,) int64; the student's tokens, −1 for none.
+    """
+    theirs = own[ids].masked_fill(log_probs.isneginf(), -1)
+    theirs, order = theirs.sort(1)
+    new = torch.ones_like(theirs, dtype=torch.bool)
+    new[:, 1:] = theirs[:, 1:] != theirs[:, :-1]
+    slots = new.cumsum(1) - 1
+    probs = log_probs.gather(1, order).exp().masked_fill(theirs < 0, 0.0)
+    summed = torch.zeros_like(probs).scatter_add(1, slots, probs)
+    return torch.full_like(ids, -1).scatter(1, slots, theirs), summed.log()
 
 
 def normalised(log_probs: Tensor) -> Tensor:
@@ -100,16 +118,3 @@ def expected(weights: Tensor, values: Tensor) -> Tensor:
 def by_group(values: Tensor, groups: Tensor, count: int) -> Tensor:
     """Return the values (N,) at their distinct groups (N,), 0 at others: (G,)."""
     return values.new_zeros(count).index_put((groups,), values)
-
-
-def _mapped(rows: Rows, vocabulary: VocabularyMap) -> Rows:
-    """Return rows with the student's ids, distinct in a row."""
-    ids = student_ids(vocabulary, rows.ids.device)[rows.ids.clamp(min=0)].masked_fill(rows.ids < 0, -1)
-    ids, order = ids.sort(1)
-    new = torch.ones_like(ids, dtype=torch.bool)
-    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    slots = new.cumsum(1) - 1
-    probs = rows.log_probs.gather(1, order).exp().masked_fill(ids < 0, 0.0)
-    summed = torch.zeros_like(probs).scatter_add(1, slots, probs)
-    kept = torch.full_like(ids, -1).scatter(1, slots, ids)
-    return replace(rows, ids=kept, log_probs=summed.log())

@@ -56,7 +56,7 @@ class OwnRow(TrainingRow):
     Attributes:
         drawn: (T,) float32; log π₀ of its tokens.
         log_ratios: (T,) float32; d, the mean over the teachers; NaN where a teacher has none.
-        by_teacher: the same of each teacher.
+        by_teacher: that of each teacher by itself.
     """
 
     drawn: Tensor

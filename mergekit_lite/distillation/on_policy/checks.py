@@ -35,7 +35,7 @@ def prompt_limit(settings: OnPolicy) -> int:
 def _teachers(recipe: Recipe) -> Iterator[str]:
     if not recipe.teachers:
         yield f"{SECTION}: learns from teachers, and the recipe has no 'teachers'"
-    if not recipe.prompts and not any(source.answers for source in recipe.sources):
+    if recipe.rows is None and not recipe.prompts and not any(source.answers for source in recipe.sources):
         yield f"{SECTION}: asks prompts, and the recipe has no 'prompts'"
     for teacher in recipe.teachers:
         if Path(teacher.model).is_absolute() and not Path(teacher.model).is_dir():

@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
 
 def planned(settings: OnPolicy, prompts: int) -> Plan:
-    """Return what each round has, where there are so many prompts.
+    """Return what each round has, given the number of prompts.
 
     Raises:
         UsageError: there are fewer than a round takes, or their answers fill no batch.
@@ -89,6 +89,7 @@ class Rounds:
     seed: int
     reporter: Reporter
     first: Lengths | None = None  # of the answers of the first round
+    noted: Counter[str] = field(default_factory=Counter)  # notes about teachers' servers that were told
     told: set[str] = field(default_factory=set)  # signs of a collapse that were told, each once
 
     def begin(self, number: int) -> OrderedRows:
@@ -180,8 +181,13 @@ class Rounds:
                 self.reporter.progress(f"{teacher.name} {number + 1}", len(asked), done) as advance,
                 folder.appending(self.rank) as append,
             ):
-                for rows in teacher.scored(missing[self.rank :: self.processes], advance):
-                    append(rows)
+                try:
+                    for rows in teacher.scored(missing[self.rank :: self.processes], advance):
+                        append(rows)
+                finally:
+                    for note in teacher.scorer.notes[self.noted[teacher.name] :]:
+                        self.reporter.line(f"{teacher.name}: {note}")
+                    self.noted[teacher.name] = len(teacher.scorer.notes)
             self._wait()
             known = folder.read()
         return known

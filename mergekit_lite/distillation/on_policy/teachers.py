@@ -14,19 +14,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mergekit_lite.answers.likelihood import batches
-from mergekit_lite.answers.loading import causal_model, context_of, placed
 from mergekit_lite.answers.rows import Prompt, with_system
 from mergekit_lite.answers.template import PROBE, QUESTION, ChatTemplate, TemplateError, Tokens
 from mergekit_lite.distillation.alignment.groups import groups
 from mergekit_lite.distillation.alignment.spans import response_ends
 from mergekit_lite.distillation.on_policy.answers import OwnAnswer, rounded
 from mergekit_lite.distillation.recipe.schema import RecipeTeacher
+from mergekit_lite.distillation.teach import scorer_of
+from mergekit_lite.distillation.teaching.scoring import Scorer
 from mergekit_lite.distillation.training.model import tokenizer_of
+from mergekit_lite.errors import RunError, counted
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -44,20 +45,6 @@ class Reading(NamedTuple):
     student: tuple[int, ...] | None = None  # the group of each of the student's tokens; None: they are the same tokens
     teacher: npt.NDArray[np.int64] | None = None  # of each of the teacher's
     groups: int = 0
-
-
-class Scorer(Protocol):
-    """Gives log-probabilities of given tokens."""
-
-    def why_not(self, row: Tokens) -> str | None:
-        """Return why a row can't be scored; None where it can."""
-
-    def score(self, rows: Sequence[Tokens]) -> Iterator[list[tuple[int, Sequence[float]]]]:
-        """Yield the places of rows with the log p of each token of their responses, as they come.
-
-        Raises:
-            RunError: some can't be had; those that came before are good.
-        """
 
 
 @dataclass(frozen=True)
@@ -91,9 +78,16 @@ class Teacher:
                 refused.append({**_keyed(answer), "why": why})
         yield refused
         advance(len(refused))
-        for scores in self.scorer.score([reading.tokens for _, reading in readings]):
-            yield [_row(*readings[place], log_probs) for place, log_probs in scores]
-            advance(len(scores))
+        left = len(readings)
+        for place, said in self.scorer.score([reading.tokens for _, reading in readings]):
+            yield [_row(*readings[place], said.log_probs.tolist())]
+            left -= 1
+            advance(1)
+        if left:
+            raise RunError(
+                f"{self.name} gave no scores of {counted(left, 'answer')}: {self.scorer.why_missing}\nThe same command "
+                "goes on and asks for what is missing."
+            )
 
     def reading(self, prompt: Prompt, answer: OwnAnswer) -> Reading | str:
         """Return what the teacher reads of an answer, or why it can't."""
@@ -101,7 +95,7 @@ class Teacher:
         if not answer.tokens:
             return "it is empty"
         try:
-            if self.shares_tokens and not self._differing.intersection(answer.tokens):
+            if self.shares_tokens and self._shared.issuperset(answer.tokens):
                 return Reading(Tokens(self.template.prompt(messages), self._ended(answer.tokens)))
             tokens = self.template.tokens(messages, answer.text, cut=answer.cut)
         except TemplateError as error:
@@ -121,17 +115,18 @@ class Teacher:
     @cached_property
     def shares_tokens(self) -> bool:
         """Whether the student's tokens are the teacher's, but for added ones."""
+        own = frozenset(self.student.tokenizer.get_vocab().values())
         return (
-            self._differing <= added_ids(self.student.tokenizer)
+            own - self._shared <= added_ids(self.student.tokenizer)
             and self.student.opens_thoughts == self.template.opens_thoughts
         )
 
     @cached_property
-    def _differing(self) -> frozenset[int]:
-        """The student's tokens that the teacher has as other ones, or not at all; ends of the turn are changed."""
-        own, other = self.student.tokenizer.get_vocab(), self.template.tokenizer.get_vocab()
-        differing = {number for token, number in own.items() if other.get(token) != number}
-        return frozenset(differing) - {self._ends[0]}
+    def _shared(self) -> frozenset[int]:
+        """The ids that are the same token in both, and the student's end of turn, which is made the teacher's."""
+        other = self.template.tokenizer.get_vocab()
+        same = (number for token, number in self.student.tokenizer.get_vocab().items() if other.get(token) == number)
+        return frozenset({*same, self._ends[0]})
 
     @cached_property
     def _ends(self) -> tuple[int, int]:
@@ -144,49 +139,12 @@ class Teacher:
         return (*tokens[:-1], teacher) if tokens[-1] == student else tokens
 
 
-@dataclass(frozen=True)
-class LocalScorer:
-    """A teacher in this process. Its model is loaded when it is first needed, and stays."""
-
-    settings: RecipeTeacher
-
-    @cached_property
-    def model(self) -> Any:
-        """The model, in evaluation mode on its device."""
-        from mergekit_lite.answers.logprobs import check_head
-
-        model = causal_model(self.settings.model, placed(self.settings.device, self.settings.dtype))
-        check_head(model)
-        return model
-
-    def why_not(self, row: Tokens) -> str | None:
-        """Return why a row can't be scored: it is longer than the model takes."""
-        most = context_of(self.model)
-        size = len(row.prompt) + len(row.response)
-        return f"it takes {most:,} tokens" if most is not None and size > most else None
-
-    def score(self, rows: Sequence[Tokens]) -> Iterator[list[tuple[int, Sequence[float]]]]:
-        """Yield the log-probabilities batch by batch, the longest rows first."""
-        import torch
-
-        from mergekit_lite.answers.logprobs import padded, response_log_probs
-
-        for places in batches(rows, self.settings.batch_size):
-            batch = padded([rows[place] for place in places], device=self.model.device)
-            with torch.inference_mode():
-                found = response_log_probs(self.model, batch)
-            each = torch.split(found.tokens.cpu(), found.lengths.tolist())
-            yield [(place, values.tolist()) for place, values in zip(places, each, strict=True)]
-
-
 def teachers_of(settings: Sequence[RecipeTeacher], student: ChatTemplate) -> list[Teacher]:
     """Return the teachers of a recipe, for a student with this template."""
-    return [Teacher(each, ChatTemplate(tokenizer_of(each.model)), student, scorer_of(each)) for each in settings]
-
-
-def scorer_of(settings: RecipeTeacher) -> Scorer:
-    """Return what scores for a teacher."""
-    return LocalScorer(settings)
+    return [
+        Teacher(each, ChatTemplate(tokenizer_of(each.model)), student, scorer_of(each.model_copy(update={"top": 0})))
+        for each in settings
+    ]
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

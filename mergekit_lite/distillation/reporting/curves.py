@@ -64,7 +64,9 @@ PANELS = {
         Panel("Learning rate", "a step", {"learning_rate": ""}),
     ),
     "on_policy": (
-        Panel("Loss", "a token", {"loss": "training", "eval_loss": "held out"}),
+        Panel("KL(student ‖ teacher), estimate", "nats a token", {"reverse_kl": "all", "reverse_kl/": ""}),
+        Panel("Length of the answers", "tokens", {"length/response": ""}),
+        Panel("Importance weights", "mean", {"ratio": "weight", "clipped": "share clipped"}),
         Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
         Panel("Learning rate", "a step", {"learning_rate": ""}),
     ),

@@ -63,7 +63,8 @@ def distance_losses(
         distance.prepared(vocabulary, each, size, options)
         for vocabulary, each in zip(vocabularies, targets, strict=True)
     ]
-    parts = list(_parts(targets, len(tokens), max(1, logprobs.LOGITS_AT_ONCE // size)))
+    width = size + sum(distance.width(known) for known in prepared)
+    parts = list(_parts(targets, len(tokens), max(1, logprobs.LOGITS_AT_ONCE // width)))
 
     def run(states: Tensor, tokens: Tensor, targets: Sequence[Targets]) -> tuple[Tensor, ...]:
         steps = [distance.function(each, known, **options) for each, known in zip(targets, prepared, strict=True)]

@@ -60,7 +60,7 @@ class Part:
     Attributes:
         teacher: its number among those of the training.
         student_groups: of each token of the response, the group that it lies in; −1 in none.
-        teacher_groups: the same of the teacher's tokens.
+        teacher_groups: of each of the teacher's tokens, likewise.
         groups: their number.
         weight: of the teacher in this row, above 0.
     """

@@ -100,7 +100,7 @@ class RunningMeans:
 
 
 class ResponseTrainer(Trainer):
-    """A trainer with rows in a given order, responses as batches, and a log file: the base of all trainings on given rows.
+    """A trainer with rows in a given order, responses as batches, and a log file: the base of all trainings.
 
     It appends ``figures`` to the log besides loss and learning rate, and stops where the training diverges.
     ``held_out`` are rows that it measures its loss on.

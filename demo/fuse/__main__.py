@@ -1,0 +1,151 @@
+"""``make demo-fuse``: three strong models of other architectures and tokenizers teach a small one by what they say of
+given answers, on seven roads.
+
+    SFT alone     on answers of people, most of whom are careless
+    ULD, MinCE, ALM, P-KL     on the same answers, and on what the teachers say of them token by token
+    on-policy     SFT for one epoch, then the student's own answers, of which the teachers say how likely they are
+    FuseChat      a student for each teacher, by MinCE, and the three merged by SCE
+
+All are trained on as many tokens. The teachers score the answers once. Then ``mergekit-lite distill`` does the rest
+with recipes that lie in the output folder.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from string import Template
+from time import perf_counter
+
+import click
+
+from demo.distill import results, skills
+from demo.distill.jobs import Job, claim, console, mergekit_lite, python, run, stage
+from demo.fuse import page
+from demo.fuse.plan import CAREFUL, FULL, QUICK, ROADS, STUDENT, TEACHERS, Files, Size
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default="demo/out-fuse", show_default=True)
+@click.option("--seeds", type=click.IntRange(1), help="How often the roads are gone.  [default: 3]")
+@click.option("--quick", is_flag=True, help="Everything as small as can be: shows that it runs, and nothing else.")
+def main(out: Path, seeds: int | None, quick: bool) -> None:
+    """Make four models, fuse three into the fourth on seven roads, and say which gain is beyond noise.
+
+    What is in the output folder already is used again: a run that was stopped goes on.
+    """
+    started = perf_counter()
+    size = QUICK if quick else FULL
+    there = Files(out, tuple(range(seeds or size.seeds)))
+    claim(out, size)
+    make_models(there, size)
+    write_questions(there, size)
+    write_recipes(there, size)
+    teach(there)
+    train(there)
+    evaluate(there)
+    page.write(there, console)
+    console.print(f"\nEverything is in {out}; {perf_counter() - started:.0f} s in all.")
+
+
+def make_models(out: Files, size: Size) -> None:
+    jobs = []
+    for name, learnt in {**TEACHERS, "student": STUDENT}.items():
+        if out.model(name).exists():
+            continue
+        how = ("--skills", ",".join(learnt), "--steps", size.steps[name], "--out", out.model(name))
+        crowd = ("--careful", CAREFUL) if name == "student" else ()
+        jobs.append(Job(f"{name} learns to {', '.join(learnt)}", python("demo.fuse.making", name, *how, *crowd)))
+    with stage("Four models: three teachers of different architectures and tokenizers, and the student"):
+        run(jobs, out.logs)
+
+
+def write_questions(out: Files, size: Size) -> None:
+    """Write each seed's rows, questions that people have answered; and other questions to judge by."""
+    by_seed: dict[int, list[dict[str, str]]] = {seed: [] for seed in out.seeds}
+    held_out = []
+    for name in skills.SKILLS:
+        rng = random.Random(name)
+        held_out += skills.questions(name, size.held_out, rng, held_out=True)
+        asked = skills.questions(name, size.rows * len(out.seeds), rng)
+        for number, seed in enumerate(out.seeds):
+            some = asked[number :: len(out.seeds)]
+            by_seed[seed] += [answered(question, name, rng) for question in some]
+    write_rows(out.prompts("held-out"), map(skills.as_row, held_out))
+    for seed, rows in by_seed.items():
+        write_rows(out.rows(seed), rows)
+    write_rows(out.rows("all"), [row for rows in by_seed.values() for row in rows])
+
+
+def answered(question: str, skill: str, rng: random.Random) -> dict[str, str]:
+    """Return a question with the answer of a person, who may be careless."""
+    answer = skills.demonstrate(question, CAREFUL, rng)
+    return {"id": question, "prompt": question, "completion": answer, "domain": skill}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_recipes(out: Files, size: Size) -> None:
+    """Write a recipe for each seed and road, from what all roads share and what is a road's own."""
+    out.teaching.parent.mkdir(exist_ok=True)
+    write_recipe(out.teaching, "teach", "teach", size, seed=0, rows="all")
+    for seed in out.seeds:
+        for road in ROADS:
+            write_recipe(out.recipe(seed, road), road, f"{seed}-{road}", size, seed=seed, rows=seed)
+
+
+def write_recipe(path: Path, road: str, folder: str, size: Size, **values: object) -> None:
+    parts = ["common", *(["teachers"] if road != "sft" else []), road]
+    text = "\n".join((RECIPES / f"{part}.yaml").read_text() for part in parts)
+    path.write_text(Template(text).substitute(folder=folder, batch=size.batch, **values))
+
+
+def teach(out: Files) -> None:
+    """Let each teacher score the rows of all seeds, once, and give what it said to every road."""
+    with stage("The teachers say how likely the answers are, token by token"):
+        for command in ("sample", "score", "pair", "teach"):
+            run([Job(f"rows: {command}", mergekit_lite("distill", command, out.teaching))], out.logs)
+    for seed in out.seeds:
+        for road in ROADS:
+            if ROADS[road][-1] == "fuse":
+                share(out.taught, out.run(seed, road) / "teach")
+
+
+def share(one: Path, other: Path) -> None:
+    """Give a recipe's folder what another one has."""
+    if other.exists():
+        return
+    partial = other.with_name(f"{other.name}.partial")
+    shutil.copytree(one, partial, dirs_exist_ok=True)
+    partial.rename(other)  # what has its name is complete
+
+
+def train(out: Files) -> None:
+    """Run each road's recipe to its end, unless that is there."""
+    jobs = [
+        Job(f"seed {seed}: {road}", mergekit_lite("distill", "run", out.recipe(seed, road)))
+        for seed in out.seeds
+        for road in ROADS
+        if not out.end(seed, road).exists()
+    ]
+    with stage("Seven roads"):
+        run(jobs, out.logs)
+
+
+def evaluate(out: Files) -> None:
+    """Let every model answer questions that none has learnt from."""
+    models = [out.model(name) for name in (*TEACHERS, "student")]
+    models += [out.end(seed, road) for seed in out.seeds for road in ROADS]
+    models += [out.pairwise(seed, teacher) for seed in out.seeds for teacher in TEACHERS]
+    with stage("Scoring on questions that no model has learnt from"):
+        results.score(out, "held-out", models)
+
+
+if __name__ == "__main__":
+    main()
