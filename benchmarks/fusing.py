@@ -81,6 +81,7 @@ def main(
         return
     from mergekit_lite.distillation.objectives.distances import DISTANCES
 
+    folder.mkdir(parents=True, exist_ok=True)
     ways = [PLAIN, *(chosen or DISTANCES)]
     turns: dict[str, dict[str, list[dict[str, Any]]]] = {shape: {way: [] for way in ways} for shape in shapes or SHAPES}
     for _ in range(runs):

@@ -171,6 +171,14 @@ def test_no_gradient_where_none_is_wanted():
     assert not log_probs.requires_grad and not losses[0].requires_grad
 
 
+def test_a_batch_that_no_teacher_says_anything_of():
+    model = causal_model(vocabulary=VOCABULARY)
+    batch = padded(batch_of(12))
+    log_probs, losses = distance_losses(model, batch, [], DISTANCES["jsd"], {}, [])
+    torch.testing.assert_close(log_probs.sum(), logprobs.response_log_probs(model, batch).sums.sum())
+    assert losses == []
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
 def test_no_group_is_split(rows):
     """Parts follow each other, hold whole groups with all tokens of both teachers, and are no longer than may be."""

@@ -23,7 +23,7 @@ from mergekit_lite.distillation.objectives.distance import Ask, Columns, Steps, 
 from mergekit_lite.distillation.objectives.divergences import jensen_shannon
 from mergekit_lite.distillation.objectives.groups import Merge, chained
 from mergekit_lite.distillation.objectives.options import Share
-from mergekit_lite.distillation.objectives.sparse import LEAST_TAIL, by_group, mapped, student_ids
+from mergekit_lite.distillation.objectives.sparse import LEAST_TAIL, by_group, mapped, own_ids, student_ids
 from mergekit_lite.distillation.objectives.targets import Targets
 
 
@@ -163,6 +163,7 @@ def h_kl(
 def _hybrid_distance(
     targets: Targets, known: _Hybrid, merge: Merge, beta: float | None, matched_weight: float | None
 ) -> Steps:
+    """Compare two vocabularies that match in part; without ``beta`` by the generalised KL(p ‖ q)."""
     pairs = _Pairs.of(targets, merge)
     listed_ids, log_p = targets.top_ids[pairs.theirs], targets.top_log_probs[pairs.theirs]
     ids, log_matched = mapped(listed_ids, log_p, known.own)
@@ -177,10 +178,10 @@ def _hybrid_distance(
     at, largest = student.at[pairs.mine], student.largest[pairs.mine].exp()
     unmatched = student.columns[pairs.mine].sum(1, keepdim=True)
     probs = log_p.exp().to(dtype)
-    alone = (known.own[listed_ids] < 0) & (log_p > -torch.inf)
+    listed, matches = log_p > -torch.inf, own_ids(known.own, listed_ids) >= 0
     tail = (1 - probs.sum(1, keepdim=True)).clamp(min=0)
-    unlisted = known.matched - ((known.own[listed_ids] >= 0) & (log_p > -torch.inf)).sum(1, keepdim=True)
-    others = (len(known.own) - (log_p > -torch.inf).sum(1, keepdim=True)).clamp(min=1)
+    unlisted = known.matched - (matches & listed).sum(1, keepdim=True)
+    others = (len(known.own) - listed.sum(1, keepdim=True)).clamp(min=1)
     share = unlisted / others
 
     def with_others(log_probs: Tensor, mass: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def _hybrid_distance(
     matched = jensen_shannon(theirs, mine, beta or 0.0)
     if beta is None:
         matched = matched - theirs.exp().sum(1) + mine.exp().sum(1)
-    likely = probs.where(alone, 0.0).sort(1, descending=True).values
+    likely = probs.where(listed & ~matches, 0.0).sort(1, descending=True).values
     sorted_out = _sorted_distance(likely * scale, largest * factor).sum(1)
     rest = (unmatched - largest.sum(1, keepdim=True)).clamp(min=0)
     sorted_out = sorted_out + (tail * (1 - share) * scale - rest * factor).abs().sum(1)
