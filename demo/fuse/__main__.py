@@ -109,19 +109,19 @@ def write_recipe(path: Path, road: str, folder: str, size: Size, **values: objec
 
 def teach(out: Files) -> None:
     """Let each teacher score the rows of all seeds, once, and give what it said to every road."""
+    roads = [road for road, stages in ROADS.items() if "fuse" in stages]
+    lacking = [folder for seed in out.seeds for road in roads if not (folder := out.run(seed, road) / "teach").exists()]
+    if not lacking:
+        return
     with stage("The teachers say how likely the answers are, token by token"):
         for command in ("sample", "score", "pair", "teach"):
             run([Job(f"rows: {command}", mergekit_lite("distill", command, out.teaching))], out.logs)
-    for seed in out.seeds:
-        for road in ROADS:
-            if ROADS[road][-1] == "fuse":
-                share(out.taught, out.run(seed, road) / "teach")
+    for folder in lacking:
+        share(out.taught, folder)
 
 
 def share(one: Path, other: Path) -> None:
     """Give a recipe's folder what another one has."""
-    if other.exists():
-        return
     partial = other.with_name(f"{other.name}.partial")
     shutil.copytree(one, partial, dirs_exist_ok=True)
     partial.rename(other)  # what has its name is complete

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ TRAIN = ("-m", "tests.distill.training")
 class Two:
     """The same training by one process, in ``one``, and by two, in ``two``."""
 
-    def __init__(self, folder: Path, **stages: Any) -> None:
-        """Train in one process."""
+    def __init__(self, folder: Path, prepare: Callable[[Path], Any] | None = None, **stages: Any) -> None:
+        """Train in one process. ``prepare`` is called with both folders, once they have rows."""
         self.folder = folder
+        self.stages = [name for name in ("sft", "fuse", "preference") if name in stages]
         target(folder / "target")
         for name in ("one", "two"):
             write_rows(folder / name)
+            if prepare is not None:
+                prepare(folder / name)
         made = recipe(folder / "two", folder / "target", **stages)
         (folder / "two.json").write_text(made.model_dump_json())
         (folder / "one" / "target").symlink_to(folder / "target")
@@ -67,7 +70,7 @@ class Two:
 
     def check_alike(self) -> None:
         """Hold the figures and the published tensors to each other, but for the order in which floats are added."""
-        for stage in ("sft", "preference"):
+        for stage in self.stages:
             first, second = (self.folder / name / "train" / stage for name in ("one", "two"))
             expected, found = weights(first), weights(second)
             assert expected.keys() == found.keys()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+from mergekit_lite.distillation.teaching.files import TaughtFile
 from tests.distill.launching import ROOT, Two
+from tests.distill.teaching_models import other_teacher, said
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.slow
@@ -39,6 +42,27 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         for stage in ("sft", "preference"):
             record = json.loads((tmp_path / name / "train" / stage / "training.json").read_text())
             assert record["processes"] == processes
+    two.check_alike()
+
+
+def taught(folder: Path) -> None:
+    """What the target and a model of other tokens say of a folder's rows."""
+    for name, model in (("pivot", "target"), ("other", "other")):
+        settings = {"teacher": name, "vocabulary": 340, "top": 16}
+        with TaughtFile.with_settings(folder / "teach" / name, settings) as file:
+            file.append(said(folder.parent / model, folder / "pairs" / "sft.jsonl", 16))
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_two_processes_fuse_as_one_does(tmp_path, sharded, shares):
+    other_teacher(tmp_path / "other")
+    teachers = [
+        {"name": "pivot", "model": str(tmp_path / "target")},
+        {"name": "other", "model": str(tmp_path / "other")},
+    ]
+    fuse = {"objective": "cross_entropy", "combine": "min_ce", "clm": 0.5, "eval": 3, "eval_steps": 2}
+    two = Two(tmp_path, taught, fuse=fuse, teachers=teachers)
+    two.launch(sharded if shares else {})
     two.check_alike()
 
 

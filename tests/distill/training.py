@@ -60,9 +60,16 @@ def write_rows(
 STAGE = {"learning_rate": 1e-3, "batch_size": 4, "per_device_batch_size": 2, "dtype": "float32"}
 
 
-def recipe(folder: Path, target: Path, sft: dict | None = None, preference: dict | None = None, **more: Any) -> Recipe:
+def recipe(
+    folder: Path,
+    target: Path,
+    sft: dict | None = None,
+    preference: dict | None = None,
+    fuse: dict | None = None,
+    **more: Any,
+) -> Recipe:
     """A recipe whose stages have what ``STAGE`` has, and what is given."""
-    train = {"sft": sft, "preference": preference}
+    train = {"sft": sft, "fuse": fuse, "preference": preference}
     if preference is not None:
         train["preference"] = {"objective": "wrpo", **preference}
     return Recipe.model_validate(
