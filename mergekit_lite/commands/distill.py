@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def command() -> None:
     """Distill strong models into a small one by preferences: WRPO, FuseChat-3.0.
 
-    A recipe goes through five stages; each reads files and writes files in the recipe's folder, and goes on where it
-    stopped.
+    A recipe goes through five stages, six with teachers; each reads files and writes files in the recipe's folder, and
+    goes on where it stopped.
 
     \b
     Examples:

@@ -100,7 +100,9 @@ class VocabularyTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,) and len(tensor) > HIDDEN:
+            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+                continue
+            if tensor.shape[-1:] == (self.vocabulary,) and len(tensor) > HIDDEN:
                 storage = tensor.untyped_storage()
                 elements = storage.nbytes() // tensor.element_size()
                 self.alive[storage.data_ptr()] = (StorageWeakRef(storage), tensor.dtype, elements)

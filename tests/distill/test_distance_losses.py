@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from mergekit_lite.answers import logprobs
-from mergekit_lite.answers.logprobs import padded
+from mergekit_lite.answers.logprobs import Shape, padded
+from mergekit_lite.answers.packing import packed, packs
 from mergekit_lite.answers.template import Tokens
+from mergekit_lite.distillation.objectives import groups
+from mergekit_lite.distillation.objectives.distance import Ask, Columns, answered
 from mergekit_lite.distillation.objectives.distances import DISTANCES
-from mergekit_lite.distillation.training.distances import distance_losses
+from mergekit_lite.distillation.training.distances import _answered, _parts, distance_losses
+from tests.answers.test_logprobs import HIDDEN, VocabularyTensors
 from tests.causal import causal_model
 from tests.distill.teachers import in_float32, mapping, projection, taught
 
@@ -75,3 +79,135 @@ def test_equal_to_all_logits(name, architecture, monkeypatch):
         for key, gradient in gradients(*found).items():
             scale = wanted[key].abs().max().item()
             torch.testing.assert_close(gradient, wanted[key], rtol=1e-3, atol=1e-4 * scale, msg=f"{key}, {rows} rows")
+
+
+def asked(seed: int, rows: int, size: int, temperature: float = 1.0) -> Ask:
+    """Lists with gaps, likeliest tokens among some, and columns."""
+    draws = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(size // 2, generator=draws)[:5] for _ in range(rows)])
+    ids[:, 3] = ids[:, 3].where(torch.rand(rows, generator=draws) < 0.5, -1)
+    tokens, columns = torch.randint(size, (12,), generator=draws), torch.randint(4, (12,), generator=draws)
+    weights = torch.rand(12, generator=draws, dtype=torch.float64)
+    return Ask(ids, 3, torch.arange(size) >= size // 2, Columns(tokens, columns, weights, 4, temperature))
+
+
+@pytest.mark.parametrize("shape", [Shape(1.0, None), Shape(0.5, 3.0)])
+def test_one_pass_answers_all_that_is_asked(shape):
+    """Two questions, one with a temperature, in float64: the answers, and the gradient of a function of them all."""
+    rows, size = 17, 24
+    draws = torch.Generator().manual_seed(9)
+    logits = torch.randn(rows, size, generator=draws, dtype=torch.float64) * 3
+    tokens = torch.randint(size, (rows,), generator=draws)
+    asks = [asked(1, rows, size), asked(2, rows, size, temperature=2.0), Ask()]
+
+    def value(students):
+        parts = [
+            part.masked_fill(part.isneginf(), 0.0)
+            for each in students
+            for part in vars(each).values()
+            if part is not tokens
+        ]
+        return torch.cat(
+            [(part * torch.linspace(1, 2, part.numel()).view(part.shape)).flatten().sin() for part in parts]
+        )
+
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found = value(_answered(asks, ours * 1.0, tokens, shape)[1])
+    expected = value([answered(ask, shape.apply(theirs), tokens) for ask in asks])
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(each.sum(), given)[0] for each, given in ((found, ours), (expected, theirs))]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_small_tail_keeps_its_digits():
+    """The listed tokens have all but 1e-12 of the student's mass, which 1 − Σ q can't tell from 0 in float32."""
+    logits = torch.full((1, 50), -35.0).index_fill(1, torch.arange(3), 0.0).requires_grad_()
+    ids = torch.arange(3)[None]
+    _, (student,) = _answered([Ask(ids)], logits * 1.0, torch.tensor([0]), Shape(1.0, None))
+    exact = logits.detach().double().requires_grad_()
+    wanted = answered(Ask(ids), exact, torch.tensor([0]))
+    torch.testing.assert_close(student.rest.double(), wanted.rest)
+    (found,) = torch.autograd.grad(student.rest.sum(), logits)
+    (expected,) = torch.autograd.grad(wanted.rest.sum(), exact)
+    torch.testing.assert_close(found.double(), expected)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_models_in_bfloat16(name):
+    """What is summed is in float32: losses differ from those of float32 logits by the logits' own rounding."""
+    distance, model = DISTANCES[name], causal_model(vocabulary=VOCABULARY).bfloat16()
+    targets, vocabularies = two_teachers(name)
+    batch = padded(batch_of(len(targets[0].student_groups)))
+    found = distance_losses(model, batch, targets, distance, distance.defaults, vocabularies)
+    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.states]
+    for losses, each, vocabulary in zip(found[1], targets, vocabularies, strict=True):
+        assert losses.dtype is torch.float32
+        torch.testing.assert_close(
+            losses, distance(logits.float(), batch.targets, each, vocabulary), rtol=1e-4, atol=1e-5
+        )
+    sum(each.mean() for each in found[1]).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_packed_rows_are_the_same():
+    model = causal_model(vocabulary=VOCABULARY)
+    targets, vocabularies = two_teachers("gold")
+    rows = batch_of(len(targets[0].student_groups))
+    assert packs(model)
+    given = [packed([[row] for row in rows]), padded(rows)]
+    model.set_attn_implementation("sdpa")
+    alone = distance_losses(model, given[1], targets, DISTANCES["gold"], DISTANCES["gold"].defaults, vocabularies)
+    assert packs(model)
+    together = distance_losses(model, given[0], targets, DISTANCES["gold"], DISTANCES["gold"].defaults, vocabularies)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_where_none_is_wanted():
+    model = causal_model(vocabulary=VOCABULARY)
+    targets, vocabularies = two_teachers("uld")
+    batch = padded(batch_of(len(targets[0].student_groups)))
+    with torch.no_grad():
+        log_probs, losses = distance_losses(model, batch, targets, DISTANCES["uld"], {}, vocabularies)
+    assert not log_probs.requires_grad and not losses[0].requires_grad
+
+
+def test_a_batch_that_no_teacher_says_anything_of():
+    model = causal_model(vocabulary=VOCABULARY)
+    batch = padded(batch_of(12))
+    log_probs, losses = distance_losses(model, batch, [], DISTANCES["jsd"], {}, [])
+    torch.testing.assert_close(log_probs.sum(), logprobs.response_log_probs(model, batch).sums.sum())
+    assert losses == []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
+def test_no_group_is_split(rows):
+    """Parts follow each other, hold whole groups with all tokens of both teachers, and are no longer than may be."""
+    targets, _ = two_teachers("alm")
+    positions = len(targets[0].student_groups)
+    parts = list(_parts(targets, positions, rows))
+    assert [part.positions.start for part in parts] == [0, *(part.positions.stop for part in parts[:-1])]
+    assert parts[-1].positions.stop == positions
+    for number, each in enumerate(targets):
+        taken = [part.targets[number] for part in parts]
+        assert sum(part.groups for part in taken) == each.groups
+        for name in ("student_groups", "teacher_groups"):
+            sizes = torch.cat([groups.sizes(getattr(part, name), part.groups) for part in taken])
+            assert sizes.tolist() == groups.sizes(getattr(each, name), each.groups).tolist()
+    assert rows < 5 or all(part.positions.stop - part.positions.start <= rows for part in parts)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "uld", "gold", "p_kl"])
+def test_never_more_than_one_chunk_of_logits(name, monkeypatch):
+    """Four chunks, forward and backward: hardly more in memory than the logits of one."""
+    vocabulary, rows = 16_384, 128
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", rows * vocabulary)
+    model = causal_model(vocabulary=vocabulary, hidden=HIDDEN, layers=1)
+    batch = padded([Tokens((1,) * 20, tuple(range(2, 252))) for _ in range(2)])
+    given = in_float32(taught(1, 64, 64, 8, shapes=((1, 1),) * 497).targets)
+    assert len(given.student_groups) == len(batch.states)
+    kind = {"map": mapping, "projection": projection}.get(DISTANCES[name].vocabulary, lambda *_: None)
+    known = kind(1, vocabulary if kind is projection else 64, 64)
+    with VocabularyTensors(vocabulary) as seen:
+        _, (losses,) = distance_losses(model, batch, [given], DISTANCES[name], DISTANCES[name].defaults, [known])
+        losses.mean().backward()
+    assert rows * vocabulary // 2 < seen.most[torch.float32] <= rows * vocabulary * 1.25

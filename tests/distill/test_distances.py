@@ -444,6 +444,16 @@ def test_only_the_text_is_needed_by_alm():
         DISTANCES["jsd"](text.logits, text.tokens, text.targets, mapping(1, STUDENT, TEACHER))
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "gold", "h_kl", "p_kl"])
+def test_tokens_beyond_the_teachers_tokenizer(name):
+    """Heads may be wider than tokenizers: the student has none of those tokens."""
+    text, vocabulary = text_of(name, 1, 6), vocabulary_of(name, 1)
+    ids = text.targets.top_ids.clone()
+    ids[:, 2] = TEACHER + 40
+    found = DISTANCES[name](text.logits, text.tokens, replace(text.targets, top_ids=ids), vocabulary)
+    assert found.isfinite().all() and found.sum() > 0
+
+
 def test_options():
     problems: list[str] = []
     assert DISTANCES["jsd"].options({"beta": 0.25}, problems) == {"beta": 0.25, "tail": "bucket"} and not problems

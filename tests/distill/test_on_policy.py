@@ -101,6 +101,7 @@ def test_a_step_by_hand(tmp_path, kept):
     assert row["length/response"] == len(every) / 8
 
 
+@pytest.mark.slow
 def test_rounds_draw_anew_and_come_nearer(tmp_path, kept):
     settings = {"rounds": 6, "prompts": 6, "samples": 8, "batch_size": 24, "per_device_batch_size": 24, "clip": 0.2}
     trained(recipe(tmp_path, [teacher(tmp_path / "strong")], learning_rate=5e-3, **settings))
@@ -135,6 +136,7 @@ def test_teachers_by_domain_and_their_mean(tmp_path, kept):
         assert found[f"reverse_kl/{name}"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_that_the_tokenizer_does_not_have(tmp_path):
     """The student's head has 40 rows more than there are tokens, the teacher's has not."""
     target(tmp_path / "target")
@@ -187,6 +189,7 @@ def test_a_teacher_with_another_tokenizer(tmp_path, kept, spread):
         assert found["reverse_kl"] == pytest.approx(total / tokens, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_served(tmp_path, kept):
     """Its weights are written and served anew each round; what it says is tokenised as the template has it."""
     script = Path(__file__).with_name("serving.py")
@@ -223,6 +226,7 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_served(tmp_path, monkeypatch, kept):
     """By a server that fails three times in ten: the same scores as of the same model here, and nothing is lost."""
     monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
@@ -251,18 +255,20 @@ def test_a_teacher_that_is_not_there(tmp_path, monkeypatch, kept):
     monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
     strong = teacher(tmp_path / "strong", server="http://127.0.0.1:9/v1", retries=1)
     strong.pop("batch_size")
-    with pytest.raises(RunError, match="strong, served at .*: no connection"):
+    with pytest.raises(RunError, match=r"strong, served at .*: no connection"):
         trained(recipe(tmp_path, [strong], rounds=1))
     assert len(rows(tmp_path, 1, "answers")) == 8
 
 
-def test_adapters_and_sixteen_bits(tmp_path):
-    settings = {"dtype": "bfloat16", "lora": {"rank": 4}, "learning_rate": 1e-2, "gradient_checkpointing": True}
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{"rank": 4}, None])
+def test_adapters_and_sixteen_bits(tmp_path, lora):
+    settings = {"dtype": "bfloat16", "lora": lora, "learning_rate": 1e-2, "gradient_checkpointing": lora is not None}
     trained(recipe(tmp_path, [teacher(tmp_path / "strong")], **settings))
     made = tmp_path / "out" / "train" / "on_policy"
     found = log(made)
     assert [row["ratio"] == 1 for row in found] == [True, False] * 2
-    assert (made / "adapter").is_dir()
+    assert (made / "adapter").is_dir() == (lora is not None)
     assert {tensor.dtype for tensor in weights(made).values()} == {torch.bfloat16}
 
 

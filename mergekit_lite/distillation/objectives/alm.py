@@ -12,7 +12,7 @@ from mergekit_lite.distillation.objectives.targets import Targets
 @distance(
     "−[e^(ℓ_t/T) ℓ_s/T + (1 − e^(ℓ_t/T)) log(1 − e^(ℓ_s/T))]",
     "ALM, 2503.20083",
-    "any vocabulary; the teacher needs to tell only log p of the text",
+    "the first to try across tokenizers; servers that tell little",
     "any",
     top=False,
 )

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mergekit_lite.answers.logprobs import PARTS
 from mergekit_lite.distillation.objectives.options import checked, defaults
 from mergekit_lite.distillation.objectives.targets import Targets
 
@@ -34,7 +35,6 @@ class Columns:
         tokens: (n,) int64; the student's tokens.
         columns: (n,) int64.
         weights: (n,) floating.
-        size: V, the number of tokens.
         count: C, the number of columns.
         temperature: T; the columns are of softmax(z / T), z the student's logits.
     """
@@ -42,17 +42,37 @@ class Columns:
     tokens: Tensor
     columns: Tensor
     weights: Tensor
-    size: int
     count: int
     temperature: float = 1.0
 
     @cached_property
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """Aᵀ and A in compressed rows, for any number of products."""
-        places = torch.stack([self.columns, self.tokens])
+    def used(self) -> Tensor:
+        """(n',) int64, ascending; the tokens that have an entry."""
+        return self.tokens.unique()
+
+    def product(self, q: Tensor) -> Tensor:
+        """Return q A (R, C) of probabilities (R, n') of the tokens in ``used``."""
+        if self.count == 1:  # a sum of probabilities
+            return q @ self._dense.to(q.dtype)
+        return torch.sparse.mm(self._matrices[0].to(q.dtype), q.T).T
+
+    def turned_product(self, gradient: Tensor) -> Tensor:
+        """Return g Aᵀ (R, n') of a gradient (R, C)."""
+        if self.count == 1:
+            return gradient @ self._dense.T.to(gradient.dtype)
+        return torch.sparse.mm(self._matrices[1].to(gradient.dtype), gradient.T.contiguous()).T
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        return self._matrices[1].to_dense()
+
+    @cached_property
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """Aᵀ and A of the tokens in ``used``, in compressed rows."""
+        places = torch.stack([self.columns, torch.searchsorted(self.used, self.tokens)])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse", UserWarning)  # "in beta state": what is used of it is tested
-            turned = torch.sparse_coo_tensor(places, self.weights, (self.count, self.size)).coalesce()
+            turned = torch.sparse_coo_tensor(places, self.weights, (self.count, len(self.used))).coalesce()
             return turned.to_sparse_csr(), turned.T.coalesce().to_sparse_csr()
 
 
@@ -206,7 +226,7 @@ def answered(ask: Ask, logits: Tensor, tokens: Tensor) -> Student:
         listed.scatter_(1, ids, True)
     if ask.columns is not None:
         q = (logits / ask.columns.temperature).softmax(1)
-        entries = q[:, ask.columns.tokens] * ask.columns.weights.to(q)
+        entries = q[:, ask.columns.tokens] * ask.columns.weights.to(q.dtype)
         columns = q.new_zeros(len(q), ask.columns.count).index_add(1, ask.columns.columns, entries)
     rest = log_q.masked_fill(listed, -torch.inf).logsumexp(1)
     return Student(tokens, log_q.gather(1, tokens[:, None])[:, 0], at, rest, largest, columns)
@@ -219,7 +239,10 @@ def picked(log_q: Tensor, ids: Tensor) -> Tensor:
 
 def likeliest(scores: Tensor, ask: Ask) -> Tensor:
     """Return the ids (R, k) of the largest scores (R, V), which may be logits, of the tokens that are asked for."""
-    allowed = scores.shape[1] if ask.among is None else int(ask.among.sum())
-    if ask.among is not None:
-        scores = scores.masked_fill(~ask.among, -torch.inf)
-    return scores.topk(min(ask.largest, allowed), dim=1).indices
+    if ask.among is None:
+        return scores.topk(min(ask.largest, scores.shape[1]), dim=1).indices
+    ids = ask.among.nonzero()[:, 0]
+    found = [
+        ids[part.index_select(1, ids).topk(min(ask.largest, len(ids)), dim=1).indices] for part in scores.chunk(PARTS)
+    ]
+    return torch.cat(found)

@@ -21,16 +21,14 @@ from mergekit_lite.distillation.objectives.sparse import Tail, by_group, expecte
 from mergekit_lite.distillation.objectives.targets import Targets
 
 
-@distance(
-    "Σ_v p(v) log(p(v)/q(v))", "Hinton, 1503.02531", "the same vocabulary: the student covers the teacher", "same"
-)
+@distance("Σ_v p(v) log(p(v)/q(v))", "Hinton, 1503.02531", "the student is to cover all that the teacher says", "same")
 def forward_kl(targets: Targets, vocabulary: None = None, *, tail: Tail = "bucket") -> Steps:
     """Return KL(p ‖ q)."""
     return (yield from _divergence(targets, 0.0, tail))
 
 
 @distance(
-    "Σ_v q(v) log(q(v)/p(v))", "MiniLLM, 2306.08543", "the same vocabulary: the student keeps to what is likely", "same"
+    "Σ_v q(v) log(q(v)/p(v))", "MiniLLM, 2306.08543", "the student is to keep to what the teacher finds likely", "same"
 )
 def reverse_kl(targets: Targets, vocabulary: None = None, *, tail: Tail = "bucket") -> Steps:
     """Return KL(q ‖ p)."""
@@ -40,7 +38,7 @@ def reverse_kl(targets: Targets, vocabulary: None = None, *, tail: Tail = "bucke
 @distance(
     "β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = βp + (1 − β)q",
     "GKD, 2306.13649",
-    "the same vocabulary: between the two; bounded",
+    "between the two, and bounded",
     "same",
 )
 def jsd(targets: Targets, vocabulary: None = None, *, beta: Share = 0.5, tail: Tail = "bucket") -> Steps:

@@ -20,7 +20,7 @@ Combine = Literal["sum", "min_ce", "avg_ce"]
 @distance(
     "−Σ_v p̂(v) log q(v), p̂ ∝ p over the listed tokens that the student has",
     "FuseLLM, 2401.10491; FuseChat, 2408.07990",
-    "to do as they did; vocabularies that share most tokens",
+    "FuseLLM and FuseChat as they were; vocabularies that share most tokens",
     "map",
 )
 def cross_entropy(

@@ -54,14 +54,14 @@ def _prepared(
     places[chosen] = torch.arange(len(chosen), device=device)
     kept = places[reached] >= 0
     tokens, slots = entries[0][kept], places[reached[kept]]
-    matrix = Columns(tokens, slots, weights[entries][kept], size, len(chosen), temperature)
+    matrix = Columns(tokens, slots, weights[entries][kept], len(chosen), temperature)
     return _Projected(matrix, places)
 
 
 @distance(
     "T² Σ_c P(c) log(P(c)/Q(c)), Q ∝ the mean of qW, log P the mean of log p over the group",
     "X-Token's P-KL, 2605.21699",
-    "any vocabulary, with its likeliest tokens; the best published across tokenizers",
+    "the best published figures across tokenizers",
     "projection",
     prepare=_prepared,
     width=lambda known: 6 * known.columns.count,

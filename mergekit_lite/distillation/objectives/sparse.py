@@ -93,7 +93,7 @@ def mapped(ids: Tensor, log_probs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]
         log_probs: (N, K).
         own: (V_teacher,) int64; the student's tokens, −1 for none.
     """
-    theirs = own[ids].masked_fill(log_probs.isneginf(), -1)
+    theirs = own_ids(own, ids).masked_fill(log_probs.isneginf(), -1)
     theirs, order = theirs.sort(1)
     new = torch.ones_like(theirs, dtype=torch.bool)
     new[:, 1:] = theirs[:, 1:] != theirs[:, :-1]
@@ -101,6 +101,11 @@ def mapped(ids: Tensor, log_probs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]
     probs = log_probs.gather(1, order).exp().masked_fill(theirs < 0, 0.0)
     summed = torch.zeros_like(probs).scatter_add(1, slots, probs)
     return torch.full_like(ids, -1).scatter(1, slots, theirs), summed.log()
+
+
+def own_ids(own: Tensor, ids: Tensor) -> Tensor:
+    """Return the student's tokens for a teacher's ids; −1 for those that a head has beyond its tokenizer, too."""
+    return own[ids.clamp(max=len(own) - 1)].masked_fill(ids >= len(own), -1)
 
 
 def normalised(log_probs: Tensor) -> Tensor:

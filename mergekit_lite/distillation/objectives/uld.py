@@ -23,12 +23,12 @@ from mergekit_lite.distillation.objectives.distance import Ask, Columns, Steps, 
 from mergekit_lite.distillation.objectives.divergences import jensen_shannon
 from mergekit_lite.distillation.objectives.groups import Merge, chained
 from mergekit_lite.distillation.objectives.options import Share
-from mergekit_lite.distillation.objectives.sparse import LEAST_TAIL, by_group, mapped, student_ids
+from mergekit_lite.distillation.objectives.sparse import LEAST_TAIL, by_group, mapped, own_ids, student_ids
 from mergekit_lite.distillation.objectives.targets import Targets
 
 
 @distance(
-    "Σ_i |p_(i) − q_(i)|, the i-th likeliest of each",
+    "‖sorted p − sorted q‖₁",
     "ULD, 2402.12030",
     "any vocabulary, without a map: the baseline",
     "any",
@@ -74,7 +74,7 @@ def _hybrid(own: Tensor, size: int, like: Tensor) -> _Hybrid:
     unmatched = torch.ones(size, dtype=torch.bool, device=own.device)
     unmatched[own[own >= 0]] = False
     tokens = unmatched.nonzero()[:, 0]
-    mass = Columns(tokens, torch.zeros_like(tokens), like.new_ones(len(tokens)), size, 1) if len(tokens) else None
+    mass = Columns(tokens, torch.zeros_like(tokens), like.new_ones(len(tokens)), 1) if len(tokens) else None
     return _Hybrid(own, unmatched, mass, int((own >= 0).sum()))
 
 
@@ -106,7 +106,7 @@ def _by_projection(
 
 
 @distance(
-    "w Σ_matched JSD_β(P, Q) + (1 − w) Σ_i |P_(i) − Q_(i)| of the others; P, Q of a group by the chain rule",
+    "w Σ_matched JSD_β(P, Q) + (1 − w) ‖sorted P − sorted Q‖₁ of the others; P, Q of a group by the chain rule",
     "GOLD, TRL's GOLDTrainer",
     "vocabularies that share most tokens; not where one has numbers digit by digit",
     "map",
@@ -136,7 +136,7 @@ def gold(
 
 
 @distance(
-    "w Σ_matched [P log(P/Q) − P + Q] + (1 − w) Σ_i |P_(i) − Q_(i)| of the others; matched: W's main entry ≥ threshold",
+    "w Σ_matched [P log(P/Q) − P + Q] + (1 − w) ‖sorted P − sorted Q‖₁ of the others; matched by W",
     "X-Token's H-KL, 2605.21699",
     "as GOLD, where few tokens are the same strings",
     "projection",
@@ -163,6 +163,7 @@ def h_kl(
 def _hybrid_distance(
     targets: Targets, known: _Hybrid, merge: Merge, beta: float | None, matched_weight: float | None
 ) -> Steps:
+    """Compare two vocabularies that match in part; without ``beta`` by the generalised KL(p ‖ q)."""
     pairs = _Pairs.of(targets, merge)
     listed_ids, log_p = targets.top_ids[pairs.theirs], targets.top_log_probs[pairs.theirs]
     ids, log_matched = mapped(listed_ids, log_p, known.own)
@@ -177,10 +178,10 @@ def _hybrid_distance(
     at, largest = student.at[pairs.mine], student.largest[pairs.mine].exp()
     unmatched = student.columns[pairs.mine].sum(1, keepdim=True)
     probs = log_p.exp().to(dtype)
-    alone = (known.own[listed_ids] < 0) & (log_p > -torch.inf)
+    listed, matches = log_p > -torch.inf, own_ids(known.own, listed_ids) >= 0
     tail = (1 - probs.sum(1, keepdim=True)).clamp(min=0)
-    unlisted = known.matched - ((known.own[listed_ids] >= 0) & (log_p > -torch.inf)).sum(1, keepdim=True)
-    others = (len(known.own) - (log_p > -torch.inf).sum(1, keepdim=True)).clamp(min=1)
+    unlisted = known.matched - (matches & listed).sum(1, keepdim=True)
+    others = (len(known.own) - listed.sum(1, keepdim=True)).clamp(min=1)
     share = unlisted / others
 
     def with_others(log_probs: Tensor, mass: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def _hybrid_distance(
     matched = jensen_shannon(theirs, mine, beta or 0.0)
     if beta is None:
         matched = matched - theirs.exp().sum(1) + mine.exp().sum(1)
-    likely = probs.where(alone, 0.0).sort(1, descending=True).values
+    likely = probs.where(listed & ~matches, 0.0).sort(1, descending=True).values
     sorted_out = _sorted_distance(likely * scale, largest * factor).sum(1)
     rest = (unmatched - largest.sum(1, keepdim=True)).clamp(min=0)
     sorted_out = sorted_out + (tail * (1 - share) * scale - rest * factor).abs().sum(1)

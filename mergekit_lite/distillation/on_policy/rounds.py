@@ -239,7 +239,7 @@ class Rounds:
         self.reporter.line(f"{name}: {counted(lengths.answers, 'answer')} of {mean}")
         signs = lengths.signs(self.first, self.settings.sampling.max_tokens)
         if new := [sign for kind, sign in signs.items() if kind not in self.told]:
-            self.reporter.warn(listing(f"{name}: the student may be collapsing", new))
+            self.reporter.warn(listing(f"{name}: look at the lengths of the answers", new))
         self.told.update(signs)
 
     @property

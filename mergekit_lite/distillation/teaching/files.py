@@ -103,7 +103,7 @@ class TaughtFile:
     @property
     def tokens(self) -> int:
         """The number of tokens of all rows."""
-        return self._sum("tokens")
+        return int(self._sum("tokens"))
 
     @property
     def nbytes(self) -> int:

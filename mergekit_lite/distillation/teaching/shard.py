@@ -140,7 +140,7 @@ def _index(path: Path, size: int) -> Entries | None:
     told, count = struct.unpack_from("<QQ", content, len(INDEX_MAGIC))
     if not content.startswith(INDEX_MAGIC) or told != size or len(content) != start + count * ENTRY.itemsize + DIGEST:
         return None
-    entries = np.frombuffer(content, ENTRY, count, start).copy()
+    entries: Entries = np.frombuffer(content, ENTRY, count, start).copy()
     if count and int((entries["place"] + entries["bytes"]).max()) > size:
         return None
     entries["shard"] = int(path.stem)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from mergekit_lite.answers import logprobs
-from mergekit_lite.answers.logprobs import PARTS, Batch, Shape, head_of, shape_of
+from mergekit_lite.answers.logprobs import Batch, Shape, head_of, shape_of
 from mergekit_lite.answers.packing import Packed
-from mergekit_lite.distillation.objectives.distance import Ask, Columns, Distance, Student, finish, likeliest
+from mergekit_lite.distillation.objectives.distance import Ask, Distance, Student, finish, likeliest
 from mergekit_lite.distillation.objectives.targets import Targets
+from mergekit_lite.distillation.training.listed import Listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,7 +151,7 @@ def _answered(asks: Sequence[Ask], output: Tensor, tokens: Tensor, shape: Shape)
         lists.append((ids, largest))
     union, places = _union(tokens, [torch.cat(both, 1) for both in lists])
     columns = [ask.columns for ask in asks if ask.columns is not None]
-    log_q, others, products = _Listed.apply(output, union, tokens, shape, columns)  # type: ignore[no-untyped-call]
+    log_q, others, products = Listed.apply(output, union, tokens, shape, columns)  # type: ignore[no-untyped-call]
     log_q = log_q.masked_fill(union < 0, -torch.inf)
     log_probs = log_q.gather(1, places[0])[:, 0]
     students, product = [], iter(products.split([each.count for each in columns], 1))
@@ -181,82 +181,3 @@ def _union(tokens: Tensor, lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor
     union = torch.full_like(ids, -1).scatter(1, slots, ids)
     places = torch.empty_like(ids).scatter(1, order, slots).where(every >= 0, -1)
     return union, list(places.split([1, *(each.shape[1] for each in lists)], 1))
-
-
-class _Listed(torch.autograd.Function):
-    """From a head's output (R, V) to log q of listed tokens (R, U), log of the others' mass (R,), and products (R, C).
-
-    The listed ids are distinct in a row, the tokens of the text among them; −1 stands for these again, and gets no
-    gradient. The others' mass is summed without the listed ones, as 1 minus theirs would lose all digits of a small
-    one. Results are in float32, or float64 if the output is. The gradient overwrites the head's output, which nothing
-    else needs by then.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, ids: Tensor, tokens: Tensor, shape: Shape, columns: Sequence[Columns]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        places = ids.where(ids >= 0, tokens[:, None])
-        listed, others, products = [], [], []
-        for part, place in zip(output.chunk(PARTS), places.chunk(PARTS), strict=True):
-            logits = shape.apply(part)
-            products.append(_products(logits, columns))
-            listed.append(logits.gather(1, place))
-            logits.scatter_(1, place, -torch.inf)
-            others.append(logits.logsumexp(1))
-            if logits.data_ptr() == part.data_ptr():
-                logits.scatter_(1, place, listed[-1])
-        chosen, rest = torch.cat(listed), torch.cat(others)
-        total = torch.logaddexp(chosen.masked_fill(ids < 0, -torch.inf).logsumexp(1), rest)
-        log_q, log_others, product = chosen - total[:, None], rest - total, torch.cat(products)
-        ctx.save_for_backward(output, places, log_q, rest, total, product)
-        ctx.shape, ctx.columns = shape, columns
-        return log_q, log_others, product
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_listed: Tensor, of_others: Tensor, of_product: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [tensor.detach() for tensor in ctx.saved_tensors]
-        output, places, log_q, rest, total, product = saved
-        of_others = of_others.where(rest > -torch.inf, 0.0)
-        every = of_listed.sum(1) + of_others
-        # dz = g(others) softmax(z over the others) − every · softmax(z): one exponential with the others' total.
-        share = of_others - every * (rest - total).exp()
-        own = -every[:, None] * log_q.exp()
-        pieces = (output, places, rest, share, own, of_listed, product, of_product)
-        for part, place, base, factor, mine, listed, made, of_made in zip(
-            *(tensor.chunk(PARTS) for tensor in pieces), strict=True
-        ):
-            logits = ctx.shape.apply(part)
-            curve = ctx.shape.slope(logits)  # before the logits, which may be the part itself, are overwritten
-            more = _of_products(logits, ctx.columns, made, of_made)
-            slope = logits.sub_(base[:, None]).exp_().mul_(factor[:, None])
-            slope.scatter_(1, place, mine).scatter_add_(1, place, listed)
-            if more is not None:
-                slope += more
-            part.copy_(slope if isinstance(curve, float) and curve == 1 else slope.mul_(curve))
-        return output, None, None, None, None
-
-
-def _products(logits: Tensor, columns: Sequence[Columns]) -> Tensor:
-    """Return softmax(z / T) A of each matrix, side by side: (R, C)."""
-    if not columns:
-        return logits.new_empty(len(logits), 0)
-    return torch.cat(
-        [torch.sparse.mm(each.matrices[0].to(logits.dtype), _softmax(logits, each).T).T for each in columns], 1
-    )
-
-
-def _of_products(logits: Tensor, columns: Sequence[Columns], made: Tensor, gradient: Tensor) -> Tensor | None:
-    """Return the gradient (R, V) of ``_products``; None without any."""
-    total: Tensor | None = None
-    counts = [each.count for each in columns]
-    for each, product, slope in zip(columns, made.split(counts, 1), gradient.split(counts, 1), strict=True):
-        back = torch.sparse.mm(each.matrices[1].to(logits.dtype), slope.T.contiguous()).T
-        back = back.sub((product * slope).sum(1, keepdim=True)).mul_(_softmax(logits, each)).div_(each.temperature)
-        total = back if total is None else total.add_(back)
-    return total
-
-
-def _softmax(logits: Tensor, columns: Columns) -> Tensor:
-    return (logits if columns.temperature == 1 else logits / columns.temperature).softmax(1)
