@@ -40,7 +40,7 @@ class Size:
 
 
 FULL = Size({"llama": 1200, "gemma": 1600, "neox": 1700, "student": 900}, rows=300, held_out=300, batch=16, seeds=3)
-QUICK = Size(dict.fromkeys((*TEACHERS, "student"), 30), rows=6, held_out=4, batch=3, seeds=1)
+QUICK = Size({**dict.fromkeys(TEACHERS, 30), "student": 120}, rows=12, held_out=4, batch=6, seeds=1)
 
 
 @dataclass(frozen=True)
