@@ -88,6 +88,45 @@ def test_inputs_elsewhere_are_held_to_their_etags() -> None:
     assert "/b.safetensors" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "stopped_at"),
+    [("lora", "config"), ("lora", "manifest"), ("v.safetensors", "manifest"), ("lora", "journals")],
+)
+def test_a_vector_stopped_behind_its_weights(
+    store: Store, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stopped_at: str
+) -> None:
+    """The next run says how to go on, and does; the bytes are those of one that wasn't stopped."""
+    settings: dict[str, Any] = {"format": "lora", "rank": 2} if name == "lora" else {}
+    arguments = models / "sft", models / "dpo"
+    output = f"s3://bucket/stopped-{stopped_at}/{name}"
+    mergekit_lite.extract_vector(*arguments, tmp_path / name, **settings)
+    put, delete = RemoteFolder.put, RemoteFolder.delete
+
+    def stopped_before(self: RemoteFolder, key: str, content: bytes) -> None:
+        if key.endswith("manifest.json") if stopped_at == "manifest" else "config" in key:
+            raise KeyboardInterrupt
+        put(self, key, content)
+
+    def stopped_behind(self: RemoteFolder, *keys: str) -> None:
+        if any(key.endswith(".jsonl") for key in keys):
+            raise KeyboardInterrupt
+        delete(self, *keys)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        if stopped_at == "journals":
+            patch.setattr(RemoteFolder, "delete", stopped_behind)
+        else:
+            patch.setattr(RemoteFolder, "put", stopped_before)
+        mergekit_lite.extract_vector(*arguments, output, **settings)
+        raise AssertionError("it wasn't stopped")
+    with pytest.raises(UsageError, match=r"an earlier run was not finished(?s:.*)--resume goes on with it"):
+        mergekit_lite.extract_vector(*arguments, output, **settings)
+    extracted = mergekit_lite.extract_vector(*arguments, output, resume=True, **settings)
+    assert extracted.output == output
+    assert under(store, f"stopped-{stopped_at}") | tree_bytes(tmp_path) == under(store, f"stopped-{stopped_at}")
+    assert not [key for key in under(store, f"stopped-{stopped_at}") if ".partial" in key]
+
+
 @contextmanager
 def slow(root: Path, hold: str = "") -> Iterator[Store]:
     """A store that takes its time, and takes no file of the name ``hold``."""
