@@ -126,15 +126,19 @@ def check(recipe: Recipe) -> None:
                 problems.append(f"train.{name}: eval_steps has no effect without eval")
     if recipe.train.preference is not None:
         objective_of(recipe.train.preference, problems)
-    problems += other_vocabularies(recipe)
+    problems += unfit_distances(recipe)
     if problems:
         raise UsageError(listing(f"{counted(len(problems), 'problem')} in the recipe's train", problems))
 
 
-def other_vocabularies(recipe: Recipe) -> list[str]:
-    """Return messages about teachers whose vocabulary isn't the target's, where the objective of fusing needs that."""
+def unfit_distances(recipe: Recipe) -> list[str]:
+    """Return messages about an unknown objective of fusing, or one that needs teachers of the target's vocabulary."""
     fuse = recipe.train.fuse
-    if fuse is None or DISTANCES[fuse.objective].vocabulary != "same":
+    if fuse is None:
+        return []
+    if fuse.objective not in DISTANCES:  # of a recipe that no file has
+        return [f"train.fuse: there is no objective {fuse.objective!r}. There are: {', '.join(DISTANCES)}."]
+    if DISTANCES[fuse.objective].vocabulary != "same":
         return []
     student = tokenizer_of(recipe.target)
     fit_all = [name for name, distance in DISTANCES.items() if distance.vocabulary != "same"]
