@@ -249,19 +249,23 @@ class Schedule:
     ) -> list[tuple[int, Record]]:
         """Make what is missing of some spans, and return what to journal, by output."""
         records: list[tuple[int, Record]] = []
-        merges: dict[tuple[int, int], JobMerge] = {}  # by job and output: once for all spans of a tensor
+        merges: dict[int, dict[int, JobMerge]] = {}  # by job and by output: once for all spans of a tensor
         for span in task:
             missing = {
                 output: workspace
                 for output, workspace in sinks.items()
                 if not self.writer.is_made(buffers, workspace, span)
             }
+            of_job = merges.setdefault(span.index, {})
             for output in missing if span.merged else ():
-                if (span.index, output) not in merges:
-                    merge = merges[span.index, output] = self._merge(span, output)
+                if output not in of_job:
+                    merge = self._merge(span, output)
+                    for earlier in of_job.values():
+                        merge.follow(earlier)
+                    of_job[output] = merge
                     merge.prepare(buffers, reader)
             if missing:
-                of_span = {output: merges[span.index, output] for output in missing if span.merged}
+                of_span = {output: of_job[output] for output in missing if span.merged}
                 records += self.writer.make(buffers, reader, span, of_span, missing, lambda: self.pool.stopped)
             MADE.add(_cost(span))
         return records

@@ -7,7 +7,7 @@ views of the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import xxhash
@@ -118,6 +118,7 @@ class SpanWriter:
             if (merge := merges.get(output)) is not None:
                 record = record._replace(
                     coefficients=merge.coefficients if span.begin == 0 else (),
+                    explained=astuple(merge.explained) if merge.explained and span.begin == 0 else (),
                     device=kind_of(buffers.device) if merge.depends_on_device else "",
                 )
             if span.scales is not None:

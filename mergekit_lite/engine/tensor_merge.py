@@ -10,7 +10,7 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods import method_named
-from mergekit_lite.methods.contract import TensorInfo, Totals
+from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals
 from mergekit_lite.methods.tensor_merge import SAMPLE_EVERY, TensorMerge, joined, sample, send_totals
 from mergekit_lite.ops import Ops, finite_needs_torch
 from mergekit_lite.planning import Job, Plan
@@ -30,18 +30,26 @@ class JobMerge(TensorMerge):
         info = TensorInfo(job.name, job.shape, models, job.has_base, plan.seed, offset, extent)
         kinds = [*(spec.dtype for spec in job.inputs), job.computed_dtype]
         self._made_of = (plan, job, output, offset, extent)
-        self._totals: list[Totals] = []  # that were sent
+        self._answered: list[tuple[Reduction, Totals]] = []  # what was requested, and sent
         super().__init__(self.method, info, arguments, kinds, rounding_key(plan, job))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle it as what it was made of and sent: a method under way can't be, so it is made anew."""
         plan, *others = self._made_of
-        return _made_again, (plan.for_workers, *others, self._totals)
+        return _made_again, (plan.for_workers, *others, [total for _, total in self._answered])
 
     def send(self, total: Totals) -> None:
         """Hand over the total of the requested reduction and go as far as the next request."""
-        self._totals.append(total)
+        assert self.request is not None
+        self._answered.append((self.request, total))
         super().send(total)
+
+    def follow(self, other: JobMerge) -> None:
+        """Take over what another output's merge of the same job was sent, as far as both have requested the same."""
+        for request, total in other._answered[len(self._answered) :]:
+            if request != self.request:
+                return
+            self.send(total)
 
     @property
     def is_shared(self) -> bool:
@@ -125,10 +133,28 @@ def gather(merges: Sequence[JobMerge], sum_sections: Callable[[Sequence[Section]
     ``sum_sections`` returns the sums over some sections; where they are counts, one sum for all sections of a group.
     """
     while waiting := [number for number, merge in enumerate(merges) if merge.is_shared]:
-        sections = [[(number, *section) for section in merges[number].sections()] for number in waiting]
+        leaders = _leaders(merges, waiting)
+        asking = [number for number in waiting if leaders[number] == number]
+        sections = [[(number, *section) for section in merges[number].sections()] for number in asking]
         sums = sum_sections([section for of_merge in sections for section in of_merge])
         parts = [[sums[section] for section in of_merge if section in sums] for of_merge in sections]
-        send_totals([merges[number] for number in waiting], parts)
+        send_totals([merges[number] for number in asking], parts)
+        for number in waiting:
+            if number not in asking:
+                merges[number].follow(merges[leaders[number]])
+
+
+def _leaders(merges: Sequence[JobMerge], waiting: Sequence[int]) -> dict[int, int]:
+    """Return for each merge the first one, maybe itself, that asks for the same sums of the same job alone."""
+    leaders: dict[int, int] = {}
+    of_job: dict[int, list[int]] = {}
+    for number in waiting:
+        merge = merges[number]
+        same = of_job.setdefault(id(merge.job), [])
+        alike = (first for first in same if merge.group is None and merges[first].request == merge.request)
+        leaders[number] = next(alike, number)
+        same.append(number)
+    return leaders
 
 
 def add_to(sums: dict[Section, Totals], part: Totals, section: Section, first: Section) -> None:
