@@ -33,7 +33,10 @@ def plan_merge(
         text, source = to_yaml(recipe), "The recipe"
     else:
         text, source = text_of(Path(recipe)), str(recipe)
-    return make_plan(parse(text, source), [output], shard_size=shard_size, copy_code=copy_code, text=text)
+    parsed = parse(text, source)
+    if parsed.lists_run:
+        text = to_yaml(as_data(parsed))  # with the checkpoints by name: the run may go on
+    return make_plan(parsed, [output], shard_size=shard_size, copy_code=copy_code, text=text)
 
 
 @named_options

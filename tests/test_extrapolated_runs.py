@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 
 import mergekit_lite
 from mergekit_lite.commands import main
-from mergekit_lite.engine import tensor_merge
+from mergekit_lite.engine import tensor_merge, tiling
+from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.methods import merge_states
 from mergekit_lite.training_runs import steps_of
@@ -187,3 +188,73 @@ def test_two_checkpoints_of_one_step_are_refused() -> None:
     write_folder(Path("run/step_25"), state(0))
     with pytest.raises(MergekitLiteError, match="checkpoints of the same step"):
         mergekit_lite.extrapolate_run("base", "run", "x", 100)
+
+
+# --- runs in recipes --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_recipe_is_its_checkpoints_by_name() -> None:
+    """The manifest names those that were found, so that a run that goes on changes nothing of what was made."""
+    recipe = {"merge_method": "relex", "base_model": "base", "models": [{"run": "run/step-*"}]}
+    mergekit_lite.merge(recipe | {"parameters": {"to_step": 100}}, "out")
+    assert all(same_bytes(tensor, in_memory(100)[name]) for name, tensor in read_folder(Path("out")).items())
+    write_folder(Path("run/step-100"), state(0))
+    assert mergekit_lite.verify("out").sound
+
+    average = {"merge_method": "schedule_average", "models": [{"run": "run", "last": 2}]}
+    plan = mergekit_lite.plan_merge(average, "average")
+    assert [source.reference for source in plan.inputs] == ["run/step-75", "run/step-100"]
+    assert any("2 checkpoints, run/step-75 to run/step-100" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"run": "run", "last": 9}, "has 3 checkpoints, 'last' asks for 9"),
+        ({"run": "run", "last": 0}, "'last' expects"),
+        ({"run": "nowhere-*"}, "matches no file or folder"),
+        ({"run": "run", "model": "base"}, "unknown key 'model'"),
+        ({"run": 3}, "'run' expects text"),
+    ],
+)
+def test_wrong_runs_in_recipes(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergekitLiteError, match=message):
+        mergekit_lite.plan_merge({"merge_method": "schedule_average", "models": [entry]}, "out")
+
+
+# --- many checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_checkpoints_are_read_in_shorter_chunks_to_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers don't grow with the number of models beyond a bound; sums are added in the same order."""
+    count, shape = 3, (1200, 1000)
+    draws = torch.Generator().manual_seed(3)
+    base = {"w": torch.randn(shape, generator=draws).to(dtype)}
+    write_folder(Path("start"), base)
+    for step in range(count):
+        write_folder(
+            Path(f"many/step-{step}"),
+            {"w": (base["w"] + (step + 1) * 1e-2 * torch.randn(shape, generator=draws)).to(dtype)},
+        )
+    mergekit_lite.extrapolate_run("start", "many", "whole", 100)
+    monkeypatch.setattr(tiling, "BUFFERS", 1 << 16)
+    plan = mergekit_lite.plan_run_extrapolation("start", "many", "short", 100)
+    assert tiling.longest_chunk(plan) == tiling.SHORTEST < tiling.CHUNK
+    mergekit_lite.run(plan)
+    assert tree_bytes(Path("whole"))["model.safetensors"] == tree_bytes(Path("short"))["model.safetensors"]
+
+
+def test_memory_does_not_grow_with_the_number_of_checkpoints() -> None:
+    for step in range(50):
+        write_folder(Path(f"long/step-{step}"), state(step))
+    recipe = {"merge_method": "schedule_average", "models": [{"run": "long"}], "parameters": {"schedule": "cosine"}}
+    plan = mergekit_lite.plan_merge(recipe, "out")
+    assert (plan.most_inputs + 1) * plan.widest_element * tiling.longest_chunk(plan) <= tiling.BUFFERS
+    assert memory_estimate(plan, 3) < 300e6
+    mergekit_lite.run(plan)
+    models = [state(step) for step in range(50)]
+    expected = merge_states("schedule_average", None, models, schedule="cosine")
+    assert all(same_bytes(tensor, expected[name]) for name, tensor in read_folder(Path("out")).items())

@@ -18,7 +18,7 @@ from mergekit_lite.engine.buffers import WorkerBuffers
 from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.tensor_merge import JobMerge, rounding_key
-from mergekit_lite.engine.tiling import CHUNK, Span, cut, observed_grains, observed_share, quantised_at_once
+from mergekit_lite.engine.tiling import Span, cut, longest_chunk, observed_grains, observed_share, quantised_at_once
 from mergekit_lite.ops import TensorKind, all_finite, ops_for
 from mergekit_lite.ops.operations import NOTHING, Cast, Observed
 from mergekit_lite.output.journal import Record
@@ -31,7 +31,7 @@ class SpanWriter:
     def __init__(self, plan: Plan, block: int) -> None:
         self.plan = plan
         self.block = block
-        self.chunk = max(block, CHUNK // block * block)  # elements read and written at once
+        self.chunk = max(block, longest_chunk(plan) // block * block)  # elements read and written at once
         self.share = observed_share(plan)
 
     def __getstate__(self) -> dict[str, Any]:

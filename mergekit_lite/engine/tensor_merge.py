@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_lite import draws, dtypes
@@ -78,14 +78,28 @@ class JobMerge(TensorMerge):
             return ops.sum(of, self.block(ops, chunks), 0, sum(count for _, count in pieces))
         length = self.statistics_block
         summed = max(length, CHUNK // length * length)  # at once: on every device the same, as it decides the last bits
-        room = CHUNK if buffers.device == CPU else buffers.nbytes // self.widest_input
-        parts = []
-        for start, count in cut(begin, end, max(summed, room // summed * summed)):
-            chunks = [buffers.read(reader, number, spec, start, count) for number, spec in inputs]
+        room = buffers.nbytes // self.widest_input
+        if room < summed:  # for many inputs; blocks are added one by one, to the same bits
+            sums = (
+                self._sums(buffers, reader, (first, first + some), room // length * length, length)
+                for first, some in cut(begin, end, summed)
+            )
+            return joined(joined(of_blocks) for of_blocks in sums)
+        at_once = summed if buffers.device == CPU else room // summed * summed
+        return joined(self._sums(buffers, reader, (begin, end), at_once, summed))
+
+    def _sums(
+        self, buffers: WorkerBuffers, reader: Reader, section: tuple[int, int], at_once: int, summed: int
+    ) -> Iterator[Totals]:
+        """Yield the requested sums over ``summed`` elements each, of which ``at_once`` are read."""
+        assert self.request is not None
+        ops, of = self.ops(buffers.device), self.request.of
+        for start, count in cut(*section, at_once):
+            chunks = [buffers.read(reader, number, spec, start, count) for number, spec in enumerate(self.job.inputs)]
             block = ops.at_hand(self.block(ops, chunks))
             for first, some in cut(0, count, summed):
-                parts.append(ops.sum(of, [view[first : first + some] for view in block], start + first, length))
-        return joined(parts)
+                part = [view[first : first + some] for view in block]
+                yield ops.sum(of, part, start + first, self.statistics_block)
 
     def prepare(self, buffers: WorkerBuffers, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing."""
