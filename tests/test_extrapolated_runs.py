@@ -11,6 +11,8 @@ import torch
 from click.testing import CliRunner, Result
 
 import mergekit_lite
+from mergekit_lite.boosting.candidates.family import RecipeFamily
+from mergekit_lite.boosting.candidates.tunable import parse
 from mergekit_lite.commands import main
 from mergekit_lite.engine import tensor_merge, tiling
 from mergekit_lite.engine.memory import memory_estimate
@@ -204,7 +206,21 @@ def test_a_run_in_a_recipe_is_its_checkpoints_by_name() -> None:
     average = {"merge_method": "schedule_average", "models": [{"run": "run", "last": 2}]}
     plan = mergekit_lite.plan_merge(average, "average")
     assert [source.reference for source in plan.inputs] == ["run/step-75", "run/step-100"]
-    assert any("2 checkpoints, run/step-75 to run/step-100" in note for note in plan.notes)
+
+
+def test_boost_tunes_the_step_to_go_on_to() -> None:
+    recipe = {
+        "merge_method": "relex",
+        "base_model": "base",
+        "models": [{"run": "run"}],
+        "parameters": {"to_step": 75},
+    }
+    Path("relex.yml").write_text(json.dumps(recipe))
+    family = RecipeFamily(Path("relex.yml"), parse(["parameters.to_step=75:1000"]))
+    assert family.baseline == {"parameters.to_step": 75}
+    write_folder(Path("run/step-100"), state(0))  # the run goes on meanwhile
+    mergekit_lite.run(family.plan({"parameters.to_step": 100}, Path("candidate")))
+    assert all(same_bytes(tensor, in_memory(100)[name]) for name, tensor in read_folder(Path("candidate")).items())
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from mergekit_lite.training_runs import checkpoints_of, steps_of
 from mergekit_lite.yaml_document import Node, Remark
 
 
-def checkpoints(run: Node, last: Node | None, problems: Remarks, notes: Remarks) -> list[tuple[str, int]]:
-    """Return a run's checkpoints with their steps, all or the last ones, and note them; none where it is wrong."""
+def checkpoints(run: Node, last: Node | None, problems: Remarks) -> list[tuple[str, int]]:
+    """Return a run's checkpoints with their steps, all or the last ones; none where it is wrong."""
     name = text(run, "run", problems)
     most = whole(last, "last", 1, problems) if last is not None else None
     try:
@@ -20,7 +20,4 @@ def checkpoints(run: Node, last: Node | None, problems: Remarks, notes: Remarks)
         return []
     if most is not None and found and most > len(found):
         problems.append(Remark(run.at, f"{name!r} has {len(found)} checkpoints, 'last' asks for {most}"))
-    chosen = list(zip(found, steps, strict=True))[-(most or len(found)) :]
-    if chosen:
-        notes.append(Remark(run.at, f"{name!r}: {len(chosen)} checkpoints, {chosen[0][0]} to {chosen[-1][0]}"))
-    return chosen
+    return list(zip(found, steps, strict=True))[-(most or len(found)) :]

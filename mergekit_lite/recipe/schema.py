@@ -262,7 +262,7 @@ class _Parser:
         if not isinstance(node, Fields) or "run" not in {key.text for key, _ in node.entries}:
             return [self.source(node, "a model", MODEL_KEYS, self.base)]
         parts = self.fields(node, "a run", RUN_KEYS, {})
-        found = checkpoints(parts["run"], parts.get("last"), self.problems, self.notes)
+        found = checkpoints(parts["run"], parts.get("last"), self.problems)
         own = self.parameters(parts, self.used, "a run")
         takes_step = any("step" in METHODS[name].parameters for name in self.used if name)
         steps = [{"step": (Rule((float(step),)),)} if takes_step else {} for _, step in found]
