@@ -16,8 +16,11 @@ Written by `python -m docs.api` from the code's signatures and docstrings.
 
 """
 SECTIONS = {
-    "Merging": ("extrapolate", "merge", "merge_tensors", "merge_states", "transplant"),
-    "Planning and running": ("plan_extrapolation", "plan_merge", "make_plan", "run", "RunOptions", "Finished"),
+    "Merging": ("extrapolate", "extrapolate_run", "merge", "merge_tensors", "merge_states", "transplant"),
+    "Planning and running": (
+        *("plan_extrapolation", "plan_run_extrapolation", "plan_merge", "make_plan"),
+        *("run", "RunOptions", "Finished"),
+    ),
     "Looking at models": ("open_checkpoint", "inspect", "compare", "verify"),
     "Sharing": ("push",),
     "Mixtures of experts": ("build_moe", "upcycle", "split_experts", "prune_experts", "merge_experts"),

@@ -22,6 +22,8 @@ Written by `python -m docs.methods` from the code's signatures and docstrings.
 WHICH = {
     "a model before and after alignment; you want more of the alignment": "expo",
     "checkpoints of one run, or fine-tunes that differ in the seed": "uniform_soup, linear, ema, model_stock",
+    "a training run of which you have the first part; you want more of it": "relex",
+    "the last checkpoints of a run whose learning rate did not decay": "schedule_average",
     "one fine-tune that forgot too much of its base": "wise_ft",
     "two models, one mixture": "slerp, nuslerp",
     "several models, none of them the base": "linear, karcher, multislerp",

@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from mergekit_lite.distillation.reporting.findings import Findings
     from mergekit_lite.engine.run import Finished, RunOptions, run
     from mergekit_lite.errors import CheckpointError, MergekitLiteError, NonFiniteError, PlanError, RunError, UsageError
-    from mergekit_lite.extrapolation import extrapolate, plan_extrapolation
+    from mergekit_lite.extrapolation import (
+        extrapolate,
+        extrapolate_run,
+        plan_extrapolation,
+        plan_run_extrapolation,
+    )
     from mergekit_lite.merging import merge, plan_merge
     from mergekit_lite.methods import merge_states, merge_tensors
     from mergekit_lite.mixtures.building.building import build_moe
@@ -51,12 +56,13 @@ if TYPE_CHECKING:
     from mergekit_lite.verification import Verification, verify
 
 __all__ = [
-    "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
-    "Finished", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed",
-    "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
-    "build_moe", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "inspect", "make_plan",
-    "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge",
-    "preview", "prune_experts", "push", "run", "split_experts", "transplant", "upcycle", "verify",
+    "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings", "Finished",
+    "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed", "Pushed",
+    "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
+    "build_moe", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "extrapolate_run", "inspect",
+    "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation",
+    "plan_merge", "plan_run_extrapolation", "preview", "prune_experts", "push", "run", "split_experts", "transplant",
+    "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
@@ -69,7 +75,7 @@ _NAMES = {  # by the module that has them
     "distillation.reporting.findings": ("Findings",),
     "engine.run": ("Finished", "RunOptions", "run"),
     "errors": ("CheckpointError", "MergekitLiteError", "NonFiniteError", "PlanError", "RunError", "UsageError"),
-    "extrapolation": ("extrapolate", "plan_extrapolation"),
+    "extrapolation": ("extrapolate", "extrapolate_run", "plan_extrapolation", "plan_run_extrapolation"),
     "merging": ("merge", "plan_merge"),
     "methods": ("merge_states", "merge_tensors"),
     "mixtures.building.building": ("build_moe",),

@@ -1,4 +1,4 @@
-"""Extrapolate in one call: what the command ``extrapolate`` does, for Python."""
+"""Extrapolate a pair or a training run in one call: what the command ``extrapolate`` does, for Python."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, Slice, Source
 from mergekit_lite.recipe.recipe import BASE, UNION, Vocabulary
 from mergekit_lite.recipe.rules import REGEX, Filter, Rule
+from mergekit_lite.training_runs import checkpoints_of, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,7 +67,7 @@ def plan_extrapolation(
         tokenizer=_tokenizer_source(tokenizer_source, str(sft), str(aligned)),
         vocabulary=Vocabulary(width=width),
     )
-    paths = named_outputs(default_output(str(aligned)) if output is None else str(output), alphas)
+    paths = named_outputs(default_output(str(aligned)) if output is None else str(output), alphas, "alpha")
     return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, opened=opened, strict=True)
 
 
@@ -146,6 +147,105 @@ def extrapolate(
     return run(planned, **run_options)
 
 
+@named_options
+def plan_run_extrapolation(
+    base: str | Path,
+    checkpoints: str | Path | Sequence[str | Path],
+    output: str | Path,
+    to_step: float | Sequence[float],
+    *,
+    steps: Sequence[float] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    out_dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    shard_size: int | None = None,
+    copy_code: bool = False,
+) -> Plan:
+    """Plan the extrapolation of a training run; see ``extrapolate_run`` for the arguments and errors."""
+    targets = [_number(value, "to_step") for value in (to_step if isinstance(to_step, Sequence) else [to_step])]
+    if not targets:
+        raise UsageError("No to_step was given.")
+    is_run = isinstance(checkpoints, str | Path)
+    models = checkpoints_of(str(checkpoints)) if is_run else list(map(str, checkpoints))
+    at = [_number(value, "steps") for value in steps or steps_of(models)]
+    if len(at) != len(models):
+        raise UsageError(f"Expected a step for each of the {len(models)} checkpoints, got {len(at)}.")
+    sources = (Source(model, parameters={"step": (Rule((step,)),)}) for model, step in zip(models, at, strict=True))
+    recipe = Recipe(
+        "relex",
+        (Slice((*sources, Source(str(base))), base=len(models)),),
+        base_model=str(base),
+        outputs=tuple({"to_step": (Rule((target,)),)} for target in targets),
+        include=tuple(map(_regex, include)),
+        exclude=tuple(map(_regex, exclude)),
+        out_dtype=dtypes.output_named(out_dtype) if out_dtype else None,
+        rounding=rounding,
+        seed=seed,
+    )
+    paths = named_outputs(str(output), targets, "step")
+    return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, strict=True)
+
+
+@named_options
+def extrapolate_run(
+    base: str | Path,
+    checkpoints: str | Path | Sequence[str | Path],
+    output: str | Path,
+    to_step: float | Sequence[float],
+    *,
+    steps: Sequence[float] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    out_dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    shard_size: int | None = None,
+    copy_code: bool = False,
+    **run_options: Unpack[RunOptions],
+) -> Finished:
+    """Go on along the line of a training run's checkpoints to later steps (RELEX, arXiv 2605.21468).
+
+    Args:
+        base: the model that the run began with, its step 0; it gives the outputs config and tokenizer.
+        checkpoints: two or more; or a folder that holds them, or a pattern, ``run/step-*``.
+        output: a folder or a file. ``{step}`` in it becomes the step; needed for several.
+        to_step: the step to go on to, or several for as many outputs: one pass for statistics, and one over the inputs.
+        steps: of the checkpoints, in their order; by default those in their names.
+        include: regular expressions; only tensors whose names match one are extrapolated, the others copied.
+        exclude: regular expressions; tensors whose names match one are copied from ``base``.
+        out_dtype: as of ``extrapolate``, by default each tensor's own.
+        rounding: as of ``extrapolate``.
+        seed: as of ``extrapolate``.
+        shard_size: as of ``extrapolate``, by default the shards of ``base``.
+        copy_code: as of ``extrapolate``.
+        **run_options: see ``RunOptions``.
+
+    Returns:
+        The outputs' paths, and for each a report with the share of variance that one line explains.
+
+    Raises:
+        UsageError: an option is wrong, the names tell no steps, or an output exists.
+        CheckpointError, PlanError, RunError, NonFiniteError: as of ``extrapolate``.
+    """
+    planned = plan_run_extrapolation(
+        base,
+        checkpoints,
+        output,
+        to_step,
+        steps=steps,
+        include=include,
+        exclude=exclude,
+        out_dtype=out_dtype,
+        rounding=rounding,
+        seed=seed,
+        shard_size=shard_size,
+        copy_code=copy_code,
+    )
+    return run(planned, **run_options)
+
+
 def default_output(aligned: str) -> str:
     """Return ``NAME-expo-{alpha}`` with the last part of the aligned model's name; a file keeps its suffix."""
     path, _ = split_key(aligned)
@@ -155,15 +255,20 @@ def default_output(aligned: str) -> str:
     return f"{name}-expo-{{alpha}}"
 
 
-def named_outputs(output: str, alphas: Sequence[float]) -> list[OutputPath]:
-    """Return the path of each alpha's output. Raises UsageError where several would have the same."""
-    if len(set(alphas)) < len(alphas):
-        raise UsageError("The same alpha was given twice.")
-    if len(alphas) > 1 and "{alpha}" not in output:
+def named_outputs(output: str, numbers: Sequence[float], name: str) -> list[OutputPath]:
+    """Return the path of each number's output, whose place in it is ``{name}``.
+
+    Raises UsageError where several would have the same.
+    """
+    place = f"{{{name}}}"
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"The same {name} was given twice.")
+    if len(numbers) > 1 and place not in output:
         raise UsageError(
-            f"Several alphas need several outputs: put {{alpha}} in the name, for instance -o {output}-{{alpha}}."
+            f"Several {name}s need several outputs: put {place} in the name, for instance -o {output}-{place}."
         )
-    return [output_path(output.replace("{alpha}", f"{alpha:g}")) for alpha in alphas]
+    texts = [str(int(number)) if number.is_integer() else f"{number:g}" for number in numbers]  # no step is 1e+06
+    return [output_path(output.replace(place, text)) for text in texts]
 
 
 def _tokenizer_source(asked: str | None, sft: str, aligned: str) -> str | None:
@@ -179,8 +284,8 @@ def _regex(pattern: str) -> Filter:
     return Filter(REGEX + pattern)
 
 
-def _number(value: float) -> float:
-    """Return an alpha as a float. Raises UsageError where it is no finite number."""
+def _number(value: float, name: str = "alpha") -> float:
+    """Return a number as a float. Raises UsageError where it is none, or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"alpha expects finite numbers, got {value!r}.")
+        raise UsageError(f"{name} expects finite numbers, got {value!r}.")
     return float(value)

@@ -10,7 +10,7 @@ from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.multimerge import merge_documents, plan_documents
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.recipe import Recipe, as_data, parse, text_of, to_yaml
+from mergekit_lite.recipe import Recipe, as_data, lasting_text, parse, text_of, to_yaml
 from mergekit_lite.recipe.documents import parse_documents
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def plan_merge(
         text, source = to_yaml(recipe), "The recipe"
     else:
         text, source = text_of(Path(recipe)), str(recipe)
-    return make_plan(parse(text, source), [output], shard_size=shard_size, copy_code=copy_code, text=text)
+    parsed = parse(text, source)
+    text = lasting_text(parsed, text)
+    return make_plan(parsed, [output], shard_size=shard_size, copy_code=copy_code, text=text)
 
 
 @named_options

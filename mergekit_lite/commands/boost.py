@@ -185,7 +185,7 @@ def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     grid: dict[str, tuple[float, ...]] = {}
     for text in texts:
         name, _, listed = text.rpartition("=")
-        grid[name or "alpha"] = values.alphas(None, None, listed)
+        grid[name or "alpha"] = values.numbers(None, None, listed)
     return grid
 
 

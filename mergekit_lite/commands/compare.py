@@ -41,7 +41,7 @@ Examples:
     "--alpha",
     "alphas",
     metavar="A[,B…]",
-    callback=values.alphas,
+    callback=values.numbers,
     default="0.1,0.3,0.5",
     show_default=True,
     help="Alphas whose effect after rounding is computed.",

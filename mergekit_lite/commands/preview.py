@@ -52,7 +52,7 @@ Examples:
 )
 @click.argument("sft")
 @click.argument("aligned")
-@click.option("--alpha", "alphas", metavar="A,B…", callback=values.alphas, default="0,0.3,0.6", show_default=True)
+@click.option("--alpha", "alphas", metavar="A,B…", callback=values.numbers, default="0,0.3,0.6", show_default=True)
 @click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A question; repeat it for several.")
 @click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most prompts that are used.")

@@ -152,8 +152,10 @@ class Screen:
                 self._effect(report)
                 if report.fp8_error is not None:
                     self.out.print(f"  FP8 weights differ from the exact results by {report.fp8_error:.2%} (RMS)")
+                self._explained(report)
                 self._coefficients(report)
             self.warn(_advice(report))
+            self.warn(_no_line(report))
         if not self.quiet:
             if not is_single_file(plan.outputs[0]):
                 not_copied = companions(plan)[1]
@@ -193,6 +195,21 @@ class Screen:
             worst = report.worst if self.verbose else report.worst[:SHOWN]
             rows = [(f"  {t.name}", f"{t.asked:g}", f"{t.effective:.4f}", f"{t.rms_delta:.1e}") for t in worst]
             self.out.print(table(("  tensor", ">asked", ">effective", ">RMS(delta)"), rows))
+
+    def _explained(self, report: Report) -> None:
+        if report.explained is None:
+            return
+        if report.explained.share is None:
+            self.out.print("  the checkpoints don't differ from the base in what was merged: the output equals it")
+            return
+        told, least = report.explained, report.explained.least
+        below = sum(share < told.bound for _, share in least)
+        self.out.print(
+            f"  one line explains {told.share:.2%} of the checkpoints' variance, a licence from {told.bound:.2%} on; "
+            f"below that: {counted(below, 'tensor')} of {len(told.tensors):,}"
+        )
+        shown = least if self.verbose else least[:SHOWN]
+        self.out.print(table(("  least explained", ">share"), [(f"  {name}", f"{share:.2%}") for name, share in shown]))
 
     def _coefficients(self, report: Report) -> None:
         if not report.coefficients:
@@ -301,6 +318,17 @@ def _is_far(report: Report) -> bool:
     if report.effective is None or not report.asked:
         return False
     return abs(report.effective - report.asked) > FAR * abs(report.asked)
+
+
+def _no_line(report: Report) -> str | None:
+    if report.explained is None or report.explained.is_enough:
+        return None
+    return (
+        f"one line explains {report.explained.share:.2%} of the checkpoints' variance. Below "
+        f"{report.explained.bound:.2%}, at these steps, a run has wandered further than it went in any direction: what "
+        "lies ahead on the line is mostly noise. Take checkpoints that are further apart, or average them "
+        "(merge_method: schedule_average)."
+    )
 
 
 def _advice(report: Report) -> str | None:

@@ -25,9 +25,9 @@ def number(text: str) -> float:
     return value
 
 
-def alphas(_context: object, _option: object, text: str) -> tuple[float, ...]:
-    """Parse ``0.3``, or several numbers with commas."""
-    return tuple(number(part) for part in text.split(","))
+def numbers(_context: object, _option: object, text: str | None) -> tuple[float, ...]:
+    """Parse ``0.3``, or several numbers with commas; none where the option isn't given."""
+    return () if text is None else tuple(number(part) for part in text.split(","))
 
 
 def alphas_for(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str, float]:

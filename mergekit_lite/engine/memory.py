@@ -12,7 +12,7 @@ from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.span_writer import chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
-from mergekit_lite.engine.tiling import BLOCK, CHUNK
+from mergekit_lite.engine.tiling import BLOCK, CHUNK, longest_chunk
 from mergekit_lite.methods.contract import Reduction
 from mergekit_lite.object_stores import Place
 from mergekit_lite.ops import CPU
@@ -39,7 +39,7 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
     """
     workers, block = workers_and_block(devices, threads, writing_workers())
     on_cpu = CPU in devices
-    chunk = max((chunk_of(job, CHUNK) for job in plan.jobs), default=CHUNK)
+    chunk = max((chunk_of(job, longest_chunk(plan)) for job in _of_each_kind(plan)), default=CHUNK)
     buffers = (plan.most_inputs + 1) * chunk * plan.widest_element + TEMPORARIES * BLOCK * 8
     buffers += QUANTISING * chunk if any(job.scales for job in plan.jobs) else 0
     if not on_cpu:

@@ -13,6 +13,8 @@ from mergekit_lite.engine.tiling import bounds
 from mergekit_lite.output.journal import Record
 from mergekit_lite.planning import Job, Plan
 
+ONLY_SOME_HAVE = ("fp8_error", "explained")  # what a report in JSON lacks where there is none
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEffect:
@@ -25,6 +27,32 @@ class TensorEffect:
     asked: float
     effective: float | None
     rms_delta: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """How much of the models' changes a method that relies on it took in: shares of their squared distances.
+
+    Attributes:
+        share: over all tensors together.
+        bound: below it the output should not be trusted.
+        tensors: the share of each tensor; None where no model changed it, or one isn't finite.
+    """
+
+    share: float | None
+    bound: float
+    tensors: Mapping[str, float | None]
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the share reaches the bound, or there is nothing to explain."""
+        return self.share is None or self.share >= self.bound
+
+    @property
+    def least(self) -> list[tuple[str, float]]:
+        """The tensors that were changed with their shares, the least first."""
+        shares = [(name, share) for name, share in self.tensors.items() if share is not None]
+        return sorted(shares, key=lambda each: each[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +70,7 @@ class Report:
         coefficients: where a method finds them by statistics, those of each tensor by model.
         fp8_error: of an FP8 output, how far its quantised weights are from the exact results: the root of the sum of
             squares of the differences, divided by that of the results.
+        explained: of a method that relies on it (RELEX), the share of the models' changes that it took in.
     """
 
     merged: int
@@ -54,6 +83,7 @@ class Report:
     tensors: tuple[TensorEffect, ...]
     coefficients: Mapping[str, Mapping[str, float]]
     fp8_error: float | None = None
+    explained: Explained | None = None
 
     @property
     def worst(self) -> list[TensorEffect]:
@@ -64,14 +94,14 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
         content = asdict(self)
-        if self.fp8_error is None:
-            del content["fp8_error"]
-        return content
+        return {name: value for name, value in content.items() if value is not None or name not in ONLY_SOME_HAVE}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Report:
         """Return the report that ``to_json`` gave."""
-        return cls(**{**content, "tensors": tuple(TensorEffect(**tensor) for tensor in content["tensors"])})
+        tensors = tuple(TensorEffect(**tensor) for tensor in content["tensors"])
+        explained = Explained(**content["explained"]) if "explained" in content else None
+        return cls(**{**content, "tensors": tensors, "explained": explained})
 
 
 def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -> Report:
@@ -81,6 +111,7 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
     deltas: list[float] = []  # ⟨delta, delta⟩ likewise
     errors: list[tuple[float, float]] = []  # of the quantised tensors: what changed, what there was, both squared
     coefficients: dict[str, dict[str, float]] = {}
+    explained: dict[str, Sequence[float]] = {}
     identical = seen_all = merged = elements = 0
     for index, job in enumerate(plan.jobs):
         merged += bool(job.merged_elements)
@@ -88,6 +119,8 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
         of_job = _of_job(records, index, job)
         if of_job and of_job[0].coefficients:
             coefficients[job.name] = _by_model(plan, job, of_job[0].coefficients)
+        if of_job and of_job[0].explained:
+            explained[job.name] = of_job[0].explained
         if of_job and of_job[0].squared_error:
             errors += [(change, square) for change, square in (record.squared_error for record in of_job)]
         of_job = [record for record in of_job if record.sums]  # none of a job that is only copied
@@ -114,7 +147,18 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
         tensors=tuple(effects),
         coefficients=coefficients,
         fp8_error=_relative_error(errors) if errors else None,
+        explained=_explained(explained) if explained else None,
     )
+
+
+def _explained(by_tensor: Mapping[str, Sequence[float]]) -> Explained:
+    """Return the shares from what is explained, what there is, and the bound of each tensor."""
+    changed = {name: sums for name, sums in by_tensor.items() if sums[1] and all(map(math.isfinite, sums))}
+    total = math.fsum(whole for _, whole, _ in changed.values())
+    share = math.fsum(along for along, _, _ in changed.values()) / total if total else None
+    bound = math.fsum(whole * bound for _, whole, bound in changed.values()) / total if total else 0.0
+    shares = {name: changed[name][0] / changed[name][1] if name in changed else None for name in by_tensor}
+    return Explained(share, bound, shares)
 
 
 def _relative_error(errors: Sequence[tuple[float, float]]) -> float:

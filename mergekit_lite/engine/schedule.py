@@ -23,7 +23,7 @@ from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, Section, Sums, add_to, gather, needed, needs_torch
-from mergekit_lite.engine.tiling import CHUNK, TASK, TASKS, Span, spans
+from mergekit_lite.engine.tiling import TASK, TASKS, Span, longest_chunk, spans
 from mergekit_lite.methods.contract import Totals
 from mergekit_lite.output.by_workers import Parcel, RemoteFile, RemoteFiles, Written
 from mergekit_lite.output.journal import Record
@@ -64,7 +64,7 @@ class Schedule:
         self.bytes_in_all = sum(_cost(span) for of_job in spans(plan, only) for span in of_job)
         self.bytes_done = self.bytes_ahead = 0
         chunk = max((chunk_of(job, self.writer.chunk) for job in plan.jobs), default=0)
-        room = max(chunk, CHUNK) + 2 * rows
+        room = max(chunk, longest_chunk(plan)) + 2 * rows
         nbytes = room * plan.widest_element
         processes = workers.processes and not any(spec.encoding.is_shared for job in plan.jobs for spec in job.inputs)
         self.pool = Pool(
@@ -250,19 +250,23 @@ class Schedule:
     ) -> list[tuple[int, Record]]:
         """Make what is missing of some spans, and return what to journal, by output."""
         records: list[tuple[int, Record]] = []
-        merges: dict[tuple[int, int], JobMerge] = {}  # by job and output: once for all spans of a tensor
+        merges: dict[int, dict[int, JobMerge]] = {}  # by job and by output: once for all spans of a tensor
         for span in task:
             missing = {
                 output: workspace
                 for output, workspace in sinks.items()
                 if not self.writer.is_made(buffers, workspace, span)
             }
+            of_job = merges.setdefault(span.index, {})
             for output in missing if span.merged else ():
-                if (span.index, output) not in merges:
-                    merge = merges[span.index, output] = self._merge(span, output)
+                if output not in of_job:
+                    merge = self._merge(span, output)
+                    for earlier in of_job.values():
+                        merge.follow(earlier)
+                    of_job[output] = merge
                     merge.prepare(buffers, reader)
             if missing:
-                of_span = {output: merges[span.index, output] for output in missing if span.merged}
+                of_span = {output: of_job[output] for output in missing if span.merged}
                 records += self.writer.make(buffers, reader, span, of_span, missing, lambda: self.pool.stopped)
             MADE.add(_cost(span))
         return records

@@ -7,7 +7,7 @@ views of the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import xxhash
@@ -18,7 +18,14 @@ from mergekit_lite.engine.buffers import WorkerBuffers
 from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.tensor_merge import JobMerge, cast_ops
-from mergekit_lite.engine.tiling import CHUNK, Span, cut, observed_grains, observed_share, quantised_at_once
+from mergekit_lite.engine.tiling import (
+    Span,
+    cut,
+    longest_chunk,
+    observed_grains,
+    observed_share,
+    quantised_at_once,
+)
 from mergekit_lite.ops import TensorKind, all_finite, ops_for
 from mergekit_lite.ops.operations import NOTHING, Cast, Observed
 from mergekit_lite.output.journal import Record
@@ -31,7 +38,7 @@ class SpanWriter:
     def __init__(self, plan: Plan, block: int) -> None:
         self.plan = plan
         self.block = block
-        self.chunk = max(block, CHUNK // block * block)  # elements read and written at once
+        self.chunk = max(block, longest_chunk(plan) // block * block)  # elements read and written at once
         self.share = observed_share(plan)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,6 +125,7 @@ class SpanWriter:
             if (merge := merges.get(output)) is not None:
                 record = record._replace(
                     coefficients=merge.coefficients if span.begin == 0 else (),
+                    explained=astuple(merge.explained) if merge.explained and span.begin == 0 else (),
                     device=kind_of(buffers.device) if merge.depends_on_device else "",
                 )
             if span.scales is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mergekit_lite import draws, dtypes
@@ -11,7 +11,7 @@ from mergekit_lite.deferred import np
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods import method_named
-from mergekit_lite.methods.contract import TensorInfo, Totals
+from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals
 from mergekit_lite.methods.tensor_merge import SAMPLE_EVERY, TensorMerge, joined, sample, send_totals
 from mergekit_lite.ops import Ops, TensorKind, finite_needs_torch, ops_for
 from mergekit_lite.ops.operations import Cast
@@ -32,18 +32,26 @@ class JobMerge(TensorMerge):
         info = TensorInfo(job.name, job.shape, models, job.has_base, plan.seed, offset, extent)
         kinds = [*(spec.dtype for spec in job.inputs), job.computed_dtype]
         self._made_of = (plan, job, output, offset, extent)
-        self._totals: list[Totals] = []  # that were sent
+        self._answered: list[tuple[Reduction, Totals]] = []  # what was requested, and sent
         super().__init__(self.method, info, arguments, kinds, rounding_key(plan, job))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle it as what it was made of and sent: a method under way can't be, so it is made anew."""
         plan, *others = self._made_of
-        return _made_again, (plan.for_workers, *others, self._totals)
+        return _made_again, (plan.for_workers, *others, [total for _, total in self._answered])
 
     def send(self, total: Totals) -> None:
         """Hand over the total of the requested reduction and go as far as the next request."""
-        self._totals.append(total)
+        assert self.request is not None
+        self._answered.append((self.request, total))
         super().send(total)
+
+    def follow(self, other: JobMerge) -> None:
+        """Take over what another output's merge of the same job was sent, as far as both have requested the same."""
+        for request, total in other._answered[len(self._answered) :]:
+            if request != self.request:
+                return
+            self.send(total)
 
     @property
     def is_shared(self) -> bool:
@@ -72,14 +80,28 @@ class JobMerge(TensorMerge):
             return ops.sum(of, self.block(ops, chunks), 0, sum(count for _, count in pieces))
         length = self.statistics_block
         summed = max(length, CHUNK // length * length)  # at once: on every device the same, as it decides the last bits
-        room = CHUNK if buffers.device == CPU else buffers.nbytes // self.widest_input
-        parts = []
-        for start, count in cut(begin, end, max(summed, room // summed * summed)):
-            chunks = [buffers.read(reader, number, spec, start, count) for number, spec in inputs]
+        room = buffers.nbytes // self.widest_input
+        if room < summed:  # for many inputs; blocks are added one by one, to the same bits
+            sums = (
+                self._sums(buffers, reader, (first, first + some), room // length * length, length)
+                for first, some in cut(begin, end, summed)
+            )
+            return joined(joined(of_blocks) for of_blocks in sums)
+        at_once = summed if buffers.device == CPU else room // summed * summed
+        return joined(self._sums(buffers, reader, (begin, end), at_once, summed))
+
+    def _sums(
+        self, buffers: WorkerBuffers, reader: Reader, section: tuple[int, int], at_once: int, summed: int
+    ) -> Iterator[Totals]:
+        """Yield the requested sums over ``summed`` elements each, of which ``at_once`` are read."""
+        assert self.request is not None
+        ops, of = self.ops(buffers.device), self.request.of
+        for start, count in cut(*section, at_once):
+            chunks = [buffers.read(reader, number, spec, start, count) for number, spec in enumerate(self.job.inputs)]
             block = ops.at_hand(self.block(ops, chunks))
             for first, some in cut(0, count, summed):
-                parts.append(ops.sum(of, [view[first : first + some] for view in block], start + first, length))
-        return joined(parts)
+                part = [view[first : first + some] for view in block]
+                yield ops.sum(of, part, start + first, self.statistics_block)
 
     def prepare(self, buffers: WorkerBuffers, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing."""
@@ -135,10 +157,28 @@ def gather(merges: Sequence[JobMerge], sum_sections: Callable[[Sequence[Section]
     ``sum_sections`` returns the sums over some sections; where they are counts, one sum for all sections of a group.
     """
     while waiting := [number for number, merge in enumerate(merges) if merge.is_shared]:
-        sections = [[(number, *section) for section in merges[number].sections()] for number in waiting]
+        leaders = _leaders(merges, waiting)
+        asking = [number for number in waiting if leaders[number] == number]
+        sections = [[(number, *section) for section in merges[number].sections()] for number in asking]
         sums = sum_sections([section for of_merge in sections for section in of_merge])
         parts = [[sums[section] for section in of_merge if section in sums] for of_merge in sections]
-        send_totals([merges[number] for number in waiting], parts)
+        send_totals([merges[number] for number in asking], parts)
+        for number in waiting:
+            if number not in asking:
+                merges[number].follow(merges[leaders[number]])
+
+
+def _leaders(merges: Sequence[JobMerge], waiting: Sequence[int]) -> dict[int, int]:
+    """Return for each merge the first one, maybe itself, that asks for the same sums of the same job alone."""
+    leaders: dict[int, int] = {}
+    of_job: dict[int, list[int]] = {}
+    for number in waiting:
+        merge = merges[number]
+        same = of_job.setdefault(id(merge.job), [])
+        alike = (first for first in same if merge.group is None and merges[first].request == merge.request)
+        leaders[number] = next(alike, number)
+        same.append(number)
+    return leaders
 
 
 class FewCounts(NamedTuple):

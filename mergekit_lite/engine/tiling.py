@@ -3,7 +3,7 @@
 task: what one worker takes at a time: a span, the spans of small tensors that lie side by side, or all of a tensor.
 span: what is journalled and digested. Its length is part of the output's manifest, so it is fixed.
 chunk: what is read and written at once. A page-cache write of 2 MB costs half of one of 256 kB (measured: 6.8 against
-    3.8 GB/s).
+    3.8 GB/s). Where very many inputs are read side by side it is shorter, so that memory stays bounded.
 block: what is computed at once, small enough for its temporaries to stay in cache.
 grain: what one partial sum covers.
 
@@ -23,6 +23,8 @@ SPAN = 1 << 23
 TASK = 1 << 20  # elements; spans of small tensors are taken together until they have so many
 TASKS = 256  # in a small model fewer elements, so that there are so many tasks
 CHUNK = 1 << 20
+SHORTEST = 1 << 18  # elements of a chunk; so many a sample of a section has
+BUFFERS = 1 << 25  # bytes of a worker's buffers, beyond which chunks are shorter: those of 15 inputs of 16 bits
 BLOCK = 1 << 17
 GRAIN = 1 << 15
 OBSERVED_WHOLE = 1 << 26  # elements; observing up to so many takes less than a tenth of the process's time
@@ -70,6 +72,12 @@ def bounds(numel: int, merged: int, dtype: str) -> Iterator[tuple[int, int]]:
     for first, last in ((0, merged), (merged, numel)):
         for begin in range(first, last, span):
             yield begin, min(begin + span, last)
+
+
+def longest_chunk(plan: Plan) -> int:
+    """Return how many elements are read and written at once, as far as no job or block needs more."""
+    fitting = BUFFERS // ((plan.most_inputs + 1) * plan.widest_element)
+    return min(CHUNK, max(SHORTEST, fitting // BLOCK * BLOCK))
 
 
 def quantised_at_once(job: Job) -> int:

@@ -79,11 +79,27 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Explained:
+    """How much of the models' squared distances from the base lies along what a method takes for them.
+
+    Attributes:
+        along: the part of it.
+        total: the sum of the squared distances.
+        bound: the share below which a method that relies on it should not be trusted.
+    """
+
+    along: float
+    total: float
+    bound: float
+
+
+@dataclass(frozen=True)
 class WithCoefficients:
-    """What merges a block, with one coefficient for each model that statistics gave and the report tells."""
+    """What merges a block, with what statistics gave and the report tells: one coefficient for each model, and more."""
 
     coefficients: tuple[float, ...]
     merge: Merge
+    explained: Explained | None = None
 
 
 Gathering: TypeAlias = Generator[Reduction, "Totals", Answer]  # yields reductions, is sent their totals

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any
 
 from mergekit_lite.deferred import np
-from mergekit_lite.methods.contract import Merge, Reduction, Steps, TensorInfo, Totals, WithCoefficients
+from mergekit_lite.methods.contract import Explained, Merge, Reduction, Steps, TensorInfo, Totals, WithCoefficients
 from mergekit_lite.methods.registry import Method
 from mergekit_lite.ops import Ops, TensorKind, ops_for
 from mergekit_lite.ops.operations import Cast
@@ -27,6 +27,7 @@ class TensorMerge:
         row: the length of the rows that blocks don't split, 0 where it may be cut anywhere.
         request: the reduction it waits for, or None when it has all it needs.
         coefficients: one for each model, where statistics gave some that are worth a report.
+        explained: how much of the models' changes the method takes in, where it tells.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TensorMerge:
         self.row = method.rows(info.shape, **arguments) if method.rows is not None else 0
         self.request: Reduction | None = None
         self.coefficients: tuple[float, ...] = ()
+        self.explained: Explained | None = None
         self._kind = TensorKind(tuple(dtypes), info.numel, self.row, rounding_key)
         self._steps: Steps | None = None
         self._merge: Merge | None = None
@@ -110,7 +112,7 @@ class TensorMerge:
 
     def _finish(self, merge: Merge | WithCoefficients) -> None:
         if isinstance(merge, WithCoefficients):
-            self.coefficients, merge = merge.coefficients, merge.merge
+            self.coefficients, self.explained, merge = merge.coefficients, merge.explained, merge.merge
         self._merge = merge
 
 

@@ -40,6 +40,7 @@ class Record(NamedTuple):
     coefficients: Sequence[float] = ()  # each model's, from the method's statistics; in a tensor's first span
     device: str = ""  # the kind of device that made it, where the last bits depend on that
     squared_error: Sequence[float] = ()  # of FP8: the sums of squares of what quantising changed, and of the values
+    explained: Sequence[float] = ()  # along, total and bound (``contract.Explained``); in a tensor's first span
 
 
 class Journal(Mapping[tuple[int, int], Record]):
@@ -193,7 +194,7 @@ def _sealed_record(line: bytes, plan_digest: str) -> Record | None:
         return None
     record = Record(*fields)
     numbers = [(record.sums, float), (record.bad, int), (record.coefficients, float)]
-    numbers.append((record.squared_error, float))
+    numbers += [(record.squared_error, float), (record.explained, float)]
     is_typed = (
         _are((record.job, record.begin), int)
         and record.job >= 0

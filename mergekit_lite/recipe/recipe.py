@@ -143,6 +143,7 @@ class Recipe:
             for that of the model that gives the config.
         vocabulary: where a tokenizer is asked for: what single tokens get, and how many rows there are.
         notes: what the user should know though it is no error.
+        lists_run: whether models are the checkpoints that were found of a run: its text would find others later.
 
     Raises:
         UsageError: a value is none of those above, or a filter is no regular expression; every problem is named.
@@ -167,6 +168,7 @@ class Recipe:
     tokenizer: str | None = None
     vocabulary: Vocabulary = Vocabulary()
     notes: tuple[Remark, ...] = field(default=(), compare=False)
+    lists_run: bool = field(default=False, compare=False)
     at: Mark = field(default=NOWHERE, compare=False)
 
     def __post_init__(self) -> None:

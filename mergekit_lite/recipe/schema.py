@@ -25,6 +25,8 @@ Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit
       - model: org/llm             # under models or sources: it stands for a part of the base, whose names begin so
         part: model.language_model.
         rename: {transformer.: model.}      # beginnings of its names that are read as others
+      - run: grpo/step-*           # under models: the checkpoints of a training run, by a pattern or in its folder
+        last: 10                   # of them; methods that take the step of each model (relex) have it from the names
     include: [mlp, self_attn]      # the tensors that are merged; all others are copied
     exclude: [norm, "regex:^lm_head", {filter: mlp, layers: [0, 4]}]    # tensors that are copied
     overrides:                     # for the tensors of a filter: other parameters, or another method
@@ -51,8 +53,9 @@ from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.parameters import NO_EFFECT, Parameter
 from mergekit_lite.recipe import values
 from mergekit_lite.recipe.completeness import lacking, miscounted
+from mergekit_lite.recipe.listed_runs import checkpoints
 from mergekit_lite.recipe.recipe import BACKBONES, NEW_ROWS, Module, Override, Recipe, Slice, Source
-from mergekit_lite.recipe.rules import Filter, Parameters, Rules, joined
+from mergekit_lite.recipe.rules import Filter, Parameters, Rule, Rules, joined
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
 from mergekit_lite.rounding import ROUNDINGS
 from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read
@@ -65,6 +68,7 @@ KEYS = (
 MODEL_KEYS = ("model", "parameters", "part", "rename")
 SOURCE_KEYS = ("model", "layer_range", "parameters", "part", "rename")
 MAY_LACK = ("parameters", "part", "rename")
+RUN_KEYS = ("run", "last", "parameters")
 MODULE_KEYS = ("models", "slices", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 OVERRIDE_KEYS = ("filter", "layers", "merge_method", "parameters")
@@ -112,6 +116,7 @@ class _Parser:
     used: tuple[str, ...] = ()  # methods of the recipe; empty where one is unknown, so that no parameter is judged
     base: str | None = None
     refused: bool = False  # whether a parameter stands where it can't
+    lists_run: bool = False  # whether checkpoints were looked for
 
     def recipe(self, root: Node) -> Recipe:
         parts = self.fields(self.unwrapped(self.without_definitions(root)), "the recipe", KEYS, REFUSED)
@@ -139,6 +144,7 @@ class _Parser:
             backbone=self.chosen(parts, "backbone", BACKBONES),
             chat_template=values.template(parts.get("chat_template"), self.problems),
             notes=(*self.notes, *self.idle),
+            lists_run=self.lists_run,
             at=parts["merge_method"].at if "merge_method" in parts else root.at,
         )
         tokenizer, vocabulary = values.tokenizer(parts, recipe.models, self.problems, self.notes)
@@ -238,7 +244,7 @@ class _Parser:
             self.problems.append(Remark(at, f"{what} has {which}: it needs exactly one of them"))
         if "models" in parts:
             models = items(parts["models"], "models", self.problems)
-            sources = [self.source(node, "a model", MODEL_KEYS, self.base) for node in models]
+            sources = [source for node in models for source in self.sources(node)]
             return (self.completed(sources, self.base, {}, parts["models"].at),) if sources else ()
         return tuple(self.slice(node) for node in items(parts.get("slices"), "slices", self.problems))
 
@@ -250,6 +256,18 @@ class _Parser:
         listed = items(parts.get("sources"), "sources", self.problems)
         sources = [self.source(part, "a source", SOURCE_KEYS, base) for part in listed]
         return self.completed(sources, base, self.parameters(parts, self.used), node.at)
+
+    def sources(self, node: Node) -> list[Source]:
+        """Return the model that an entry of ``models`` names, or the checkpoints of its run."""
+        if not isinstance(node, Fields) or "run" not in {key.text for key, _ in node.entries}:
+            return [self.source(node, "a model", MODEL_KEYS, self.base)]
+        parts = self.fields(node, "a run", RUN_KEYS, {})
+        found = checkpoints(parts["run"], parts.get("last"), self.problems)
+        own = self.parameters(parts, self.used, "a run")
+        takes_step = any("step" in METHODS[name].parameters for name in self.used if name)
+        steps = [{"step": (Rule((float(step),)),)} if takes_step else {} for _, step in found]
+        self.lists_run = True
+        return [Source(model, None, own | step, node.at) for (model, _), step in zip(found, steps, strict=True)]
 
     def source(self, node: Node, what: str, known: tuple[str, ...], base: str | None) -> Source:
         layered = {"layer_range": "layer_range is for the sources of slices: 'models' takes all layers of each model"}

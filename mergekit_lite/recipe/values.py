@@ -313,7 +313,7 @@ def _vocabulary(keys: Mapping[str, Node], models: tuple[str, ...], problems: Rem
     """Return what a recipe says of the rows of single tokens, and of how many rows there are."""
     width = choice(keys["width"], "width", WIDTHS, problems) if "width" in keys else None
     multiple = (
-        _count(keys["pad_to_multiple_of"], "pad_to_multiple_of", 1, problems) if "pad_to_multiple_of" in keys else None
+        whole(keys["pad_to_multiple_of"], "pad_to_multiple_of", 1, problems) if "pad_to_multiple_of" in keys else None
     )
     if "width" in keys and multiple is not None:
         problems.append(Remark(keys["width"].at, "'width' and 'pad_to_multiple_of' exclude each other"))
@@ -351,7 +351,7 @@ def _token_row(token: str, node: Node, models: tuple[str, ...], problems: Remark
         problems.append(Remark(source.at, needs))
     model = _listed_model(given["model"], "model", models, problems, notes) if "model" in given else None
     other = text(given["token"], "token", problems) if "token" in given else None
-    number = _count(given["token_id"], "token_id", 0, problems) if "token_id" in given else None
+    number = whole(given["token_id"], "token_id", 0, problems) if "token_id" in given else None
     return TokenRow(token, model, other, number, force=is_forced)
 
 
@@ -370,7 +370,7 @@ def _model_meant(written: str | None, models: tuple[str, ...]) -> str | None:
     return meant[0] if written not in models and len(meant) == 1 else written
 
 
-def _count(node: Node, name: str, least: int, problems: Remarks) -> int | None:
+def whole(node: Node, name: str, least: int, problems: Remarks) -> int | None:
     """Return a whole number of ``least`` at least, or None."""
     value = node.value if isinstance(node, Scalar) else None
     if isinstance(value, int) and not isinstance(value, bool) and value >= least:

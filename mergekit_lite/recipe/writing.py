@@ -47,6 +47,11 @@ def as_data(recipe: Recipe) -> Data:
     return {name: value for name, value in written.items() if value}
 
 
+def lasting_text(recipe: Recipe, text: str) -> str:
+    """Return a recipe's text; where it stands for a training run, one that names the checkpoints that were found."""
+    return to_yaml(as_data(recipe)) if recipe.lists_run else text
+
+
 def _tokenizer(recipe: Recipe) -> Data:
     """Return the keys of the tokenizer."""
     vocabulary = recipe.vocabulary

@@ -20,6 +20,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nearswap": {"t": 100.0},
     "ram": {"epsilon": 0.0},
     "ramplus_tl": {"epsilon": 0.0},
+    "relex": {"step": [1, 2, 3], "to_step": 4},
     "wise_ft": {"alpha": 1.0},
 }
 
@@ -50,12 +51,23 @@ BUSY: dict[str, dict[str, Any]] = {
     "ram": {"epsilon": 0.01},
     "ramplus_tl": {"epsilon": 0.01},
     "sce": {"select_topk": 0.3},
+    "schedule_average": {"schedule": "cosine"},
     "slerp": {"t": 0.3},
     "ties": {"weight": 0.5, "density": 0.3, "rescale": "l1"},
     "wise_ft": {"alpha": 0.3},
 }
 # where the order of the models matters: by the formula, or because each has draws of its own
-ORDERED = {"chat_vector", "dare_linear", "dare_ties", "della", "della_linear", "ema", "magmax"}
+ORDERED = {
+    "chat_vector",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "ema",
+    "magmax",
+    "relex",
+    "schedule_average",
+}
 SYMMETRIC = [name for name, method in METHODS.items() if method.models[1] != 1 and name not in ORDERED]
 ABSOLUTE = {"arcee_fusion", "multislerp", "nearswap", "ram", "ramplus_tl"}  # a parameter or a softmax has their scale
 

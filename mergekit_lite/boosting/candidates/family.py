@@ -16,7 +16,7 @@ from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.extrapolation import plan_extrapolation
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.recipe import parse, text_of
+from mergekit_lite.recipe import lasting_text, parse, text_of
 
 UNWRITTEN = Path("boosted")  # the output in the plans of candidates that aren't written
 
@@ -72,6 +72,7 @@ class RecipeFamily:
         """
         content = text_of(path)
         recipe = parse(content, str(path))
+        content = lasting_text(recipe, content)
         self.path = path
         self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
         self.tuning = RecipeTuning(
