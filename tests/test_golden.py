@@ -13,7 +13,8 @@ are used: its functions ``merge`` and ``extrapolate``, and its commands.
 Entries are the same with the compiled kernels and without, for any threads, and with torch's AVX2 and plain code. The
 only ones that another CPU or LAPACK might change are the low-rank formats of ``vectors`` (``lowrank``, ``energy``,
 ``lora`` and ``applied-low``), which hold singular vectors, and those of methods that compute sums, angles or roots with
-torch in float32: ``karcher``, ``geometric_median``, ``multislerp``, ``nuslerp``, ``slerp``, ``varm`` and ``sce``.
+torch in float32: ``karcher``, ``geometric_median``, ``multislerp``, ``nuslerp``, ``slerp``, ``varm`` and ``sce``;
+and the methods by singular vectors, such as ``iso_c``.
 """
 
 from __future__ import annotations

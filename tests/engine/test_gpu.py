@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
     "expo": {"alpha": 0.3},
     "expo small": {"alpha": -0.7},
     "geometric_median": {},
+    "iso_c": {},
     "karcher": {},
     "linear": WEIGHTS,
     "linear sum": WEIGHTS | {"normalize": False},
@@ -96,7 +97,7 @@ CASES: dict[str, dict[str, Any]] = {
 # What depends on sums of floats, so that a device that adds in another order gives other last bits; and what is made by
 # a method's own function, which is taken to do so too.
 SUMMED = {
-    "arcee_fusion", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "geometric_median", "karcher",
+    "arcee_fusion", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c", "karcher",
     "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns", "sce", "sce some",
     "sce fusechat", "slerp", "ties rescaled", "varm", "varm element", "varm warm",
 }  # fmt: skip

@@ -85,6 +85,8 @@ CASES = [
         for granularity in ("model", "layer", "module", "tensor", "element")
     ),
     Case("varm", True, MANY, {"granularity": "element"}),
+    Case("iso_c", True, MANY, {}),
+    Case("iso_c", True, MANY, {"lambda": 0.6, "matrices": "all"}),
     Case("nearswap", True, (1,), {"t": 0.001}),
     Case("magmax", True, MANY, {}),
     Case("magmax", True, MANY, {"lambda": 0.4}),
@@ -248,6 +250,8 @@ def test_gradients_and_filters(method: str, count: int, dtype: torch.dtype, tmp_
         for key in each[0]:
             values = [by_rule(own[key], name) for own in each]
             parameters[key] = values[0] if method == "passthrough" else values
+        if "matrices" in METHODS[method].parameters and ("embed" in name or "head" in name):
+            parameters["matrices"] = "none"  # unless asked for, embeddings and heads are left to the mean
         results.append((merged[name], *by_reference(method, base if has_base else None, models, parameters)))
     got, expected, sure = (torch.cat([tensor.flatten() for tensor in kind]) for kind in zip(*results, strict=True))
     inputs = [torch.cat([tensors[number].flatten() for tensors in drawn.values()]) for number in range(count + 1)]

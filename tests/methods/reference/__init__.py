@@ -6,7 +6,7 @@ tensor. It shares no code with the package.
 
 from __future__ import annotations
 
-from tests.methods.reference import elementwise, fusechat, linear, spherical, task_vectors
+from tests.methods.reference import elementwise, fusechat, linear, singular, spherical, task_vectors
 from tests.methods.reference.table import REFERENCES, doubtful
 
-__all__ = ["REFERENCES", "doubtful", "elementwise", "fusechat", "linear", "spherical", "task_vectors"]
+__all__ = ["REFERENCES", "doubtful", "elementwise", "fusechat", "linear", "singular", "spherical", "task_vectors"]
