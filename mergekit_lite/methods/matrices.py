@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from mergekit_lite.deferred import torch
 from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo
@@ -17,6 +17,7 @@ EMBEDDING = re.compile(
     r"|^(model[./])?output\.weight$"
 )
 NEGLIGIBLE = 1e-12  # a Gram matrix's eigenvalue is zero below this share of its largest: a millionth of singular values
+Singular: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"  # U, S, V; vectors are columns
 Matrices = Annotated[
     Literal["linear", "all", "none"],
     Doc("what is merged so: matrices of linear layers, all (embeddings and heads too), or none (the mean)."),
@@ -70,15 +71,15 @@ def added(change: Callable[[Deltas], torch.Tensor], held: int, scale: float = 1.
     return merged
 
 
-def eigen(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def eigen(symmetric: torch.Tensor, least: float = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the eigenvalues of a Gram matrix, the smallest first, and its eigenvectors as columns.
 
-    Eigenvalues below ``NEGLIGIBLE`` of the largest are 0. What isn't finite makes everything NaN.
+    Eigenvalues up to ``least`` or to ``NEGLIGIBLE`` of the largest are 0. What isn't finite makes everything NaN.
     """
     if not bool(torch.isfinite(symmetric).all()):
         return symmetric.new_full(symmetric.shape[:1], torch.nan), torch.full_like(symmetric, torch.nan)
     values, vectors = torch.linalg.eigh(symmetric)
-    return values.masked_fill_(values <= NEGLIGIBLE * values[-1], 0), vectors
+    return values.masked_fill_(values <= max(NEGLIGIBLE * float(values[-1]), least), 0), vectors
 
 
 def inverse(values: torch.Tensor) -> torch.Tensor:
@@ -106,14 +107,15 @@ def _polar_and_values(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return (vectors * inverse(values)) @ (vectors.mT @ matrix), values
 
 
-def singular(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def singular(matrix: torch.Tensor, count: int, least: float = 0) -> Singular:
     """Return the first singular vectors and values of a matrix (m, n): U (m, count), S (count,), V (n, count).
 
-    The largest is last. Where a singular value is zero, so is the vector of the longer side.
+    The largest is last. Where a singular value is zero, so are its vectors; it is where its square is up to ``least``.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        right, values, left = singular(matrix.mT, count)
+        right, values, left = singular(matrix.mT, count, least)
         return left, values, right
-    squares, vectors = eigen(matrix @ matrix.mT)
-    values, left = squares.sqrt()[-count:], vectors[:, -count:]
+    squares, vectors = eigen(matrix @ matrix.mT, least)
+    first = len(squares) - count
+    values, left = squares[first:].sqrt(), vectors[:, first:]
     return left * (values != 0), values, (matrix.mT @ left) * inverse(values)

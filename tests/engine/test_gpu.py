@@ -66,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
     "expo small": {"alpha": -0.7},
     "geometric_median": {},
     "iso_c": {},
+    "iso_cts": {},
     "karcher": {},
     "linear": WEIGHTS,
     "linear sum": WEIGHTS | {"normalize": False},
@@ -88,6 +89,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ties": SPARSE,
     "ties global": SPARSE | {"trim": "global"},
     "ties rescaled": SPARSE | {"rescale": "l1"},
+    "tsv": {},
+    "tsv lossless": {"lossless": True},
     "uniform_soup": {},
     "varm": {},
     "varm element": {"granularity": "element"},
@@ -97,9 +100,9 @@ CASES: dict[str, dict[str, Any]] = {
 # What depends on sums of floats, so that a device that adds in another order gives other last bits; and what is made by
 # a method's own function, which is taken to do so too.
 SUMMED = {
-    "arcee_fusion", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c", "karcher",
-    "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns", "sce", "sce some",
-    "sce fusechat", "slerp", "ties rescaled", "varm", "varm element", "varm warm",
+    "arcee_fusion", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c", "iso_cts",
+    "karcher", "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns", "sce",
+    "sce some", "sce fusechat", "slerp", "ties rescaled", "tsv", "tsv lossless", "varm", "varm element", "varm warm",
 }  # fmt: skip
 BY_LENGTH = {"breadcrumbs_ties", "dare_linear", "dare_ties", "della", "ties rescaled"}  # of those, by rescaling alone
 BY_THREE = ("geometric_median", "sce")

@@ -42,3 +42,46 @@ def iso_c(base: Tensor, models: list[Tensor], *, matrices: str = "linear", **sca
         return mean(base, models, scale.get("lambda", 1.0))
     u, s, v = svd(sum(ds))
     return base + scale.get("lambda", 1.0) * torch.from_numpy(u * s.mean() @ v)
+
+
+def decorrelated(parts: list[tuple[Matrix, Matrix, Matrix]]) -> tuple[Matrix, Matrix, Matrix]:
+    u, s, v = (list(kind) for kind in zip(*parts, strict=True))
+    return polar(np.hstack(u)), np.hstack(s), polar(np.vstack(v))
+
+
+def top(matrix: Matrix, count: int) -> tuple[Matrix, Matrix, Matrix]:
+    u, s, v = svd(matrix)
+    return u[:, :count], s[:count], v[:count]
+
+
+@reference
+def tsv(
+    base: Tensor, models: list[Tensor], *, lossless: bool = False, matrices: str = "linear", **scale: float
+) -> Tensor:
+    ds = deltas(base, models, matrices)
+    if not ds:
+        return mean(base, models, scale.get("lambda", 1.0))
+    rank = min(base.shape)
+    u, s, v = decorrelated([top(d, rank if lossless else int(rank / len(ds))) for d in ds])
+    return base + scale.get("lambda", 1.0) * torch.from_numpy(u @ np.diag(s) @ v)
+
+
+@reference
+def iso_cts(
+    base: Tensor,
+    models: list[Tensor],
+    *,
+    common_space_fraction: float = 0.8,
+    matrices: str = "linear",
+    **scale: float,
+) -> Tensor:
+    ds = deltas(base, models, matrices)
+    if not ds:
+        return mean(base, models, scale.get("lambda", 1.0))
+    rank = min(base.shape)
+    own = round((rank - int(rank * common_space_fraction)) / len(ds))
+    while own * len(ds) > rank:
+        own -= 1
+    common = top(sum(ds), rank - own * len(ds))
+    u, s, v = decorrelated([*(top(d - common[0] @ common[0].T @ d, own) for d in ds), common])
+    return base + scale.get("lambda", 1.0) * torch.from_numpy(u @ v * s.mean())
