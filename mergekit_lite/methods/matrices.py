@@ -119,3 +119,11 @@ def singular(matrix: torch.Tensor, count: int, least: float = 0) -> Singular:
     first = len(squares) - count
     values, left = squares[first:].sqrt(), vectors[:, first:]
     return left * (values != 0), values, (matrix.mT @ left) * inverse(values)
+
+
+def strongest(matrix: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the part of a matrix that its first ``count`` singular vectors make up."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return strongest(matrix.mT, count).mT
+    vectors = eigen(matrix @ matrix.mT)[1][:, matrix.shape[0] - count :]
+    return vectors @ (vectors.mT @ matrix)

@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "breadcrumbs": CRUMBS,
     "breadcrumbs_ties": CRUMBS | {"rescale": "l1"},
     "chat_vector": {"scale": 0.7},
+    "cart": {},
     "consensus": {"lambda": 0.8},
     "dare_linear": SPARSE,
     "dare_linear density": SPARSE | {"rescale": "density"},
@@ -100,9 +101,10 @@ CASES: dict[str, dict[str, Any]] = {
 # What depends on sums of floats, so that a device that adds in another order gives other last bits; and what is made by
 # a method's own function, which is taken to do so too.
 SUMMED = {
-    "arcee_fusion", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c", "iso_cts",
-    "karcher", "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns", "sce",
-    "sce some", "sce fusechat", "slerp", "ties rescaled", "tsv", "tsv lossless", "varm", "varm element", "varm warm",
+    "arcee_fusion", "breadcrumbs_ties", "cart", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c",
+    "iso_cts", "karcher", "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns",
+    "sce", "sce some", "sce fusechat", "slerp", "ties rescaled", "tsv", "tsv lossless", "varm", "varm element",
+    "varm warm",
 }  # fmt: skip
 BY_LENGTH = {"breadcrumbs_ties", "dare_linear", "dare_ties", "della", "ties rescaled"}  # of those, by rescaling alone
 BY_THREE = ("geometric_median", "sce")

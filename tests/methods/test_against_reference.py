@@ -85,6 +85,8 @@ CASES = [
         for granularity in ("model", "layer", "module", "tensor", "element")
     ),
     Case("varm", True, MANY, {"granularity": "element"}),
+    Case("cart", True, MANY, {}),
+    Case("cart", True, MANY, {"p": 0.3, "lambda": 0.6, "matrices": "all"}),
     Case("iso_c", True, MANY, {}),
     Case("iso_c", True, MANY, {"lambda": 0.6, "matrices": "all"}),
     Case("tsv", True, MANY, {}),
@@ -183,6 +185,7 @@ ALONG: dict[str, tuple[float, float, float]] = {
     "t": (0.2, 1.3, 0.6), "alpha": (0.3, 0.9, 0.1), "scale": (0.7, 1.0, -0.4), "decay": (0.4, 0.9, 0.6),
     "select_topk": (0.2, 1.0, 0.5), "temperature": (4e-6, 9e-6, 2e-6), "threshold": (0.2, 0.6, 0.4),
     "epsilon": (1e-3, 2e-3, 5e-4), "r": (0.1, 0.5, 0.3), "common_space_fraction": (0.8, 0.3, 1.0),
+    "p": (0.04, 0.3, 0.1),
 }  # fmt: skip
 FIXED = {"eps", "tol", "max_iter", "agree"}  # whole numbers and tolerances, set above
 LAYERS = 3

@@ -37,6 +37,7 @@ def identity(method: Method) -> dict[str, Any]:
 IDENTITY = {name: identity(method) for name, method in METHODS.items()}
 # where all parameters are at work and statistics are gathered
 BUSY: dict[str, dict[str, Any]] = {
+    "cart": {"p": 0.3},
     "breadcrumbs": {"weight": 0.5, "density": 0.5, "gamma": 0.1, "rescale": "l1"},
     "breadcrumbs_ties": {"weight": 0.5, "density": 0.5, "gamma": 0.1},
     "chat_vector": {"scale": 0.5},

@@ -16,6 +16,11 @@ SECOND = [[0, 0.1, 0.1, 0], [0.2, 0, 0, 0.1], [0, 0.1, 0, 0.2]]
 THIRD = [[0.1, 0, 0, 0], [0, 0, 0.1, 0], [0, 0.2, 0, 0]]
 # what the released code makes of these deltas in float64
 RELEASED = {
+    "cart": [
+        [0.0271813, 0.0731411, 0.0951944, -0.0484131],
+        [0.1275694, -0.0044253, -0.0578124, 0.1483475],
+        [0.1696242, 0.0556326, 0.1253724, 0.0278146],
+    ],
     "tsv": [
         [0.048643, -0.0080069, 0.1069261, -0.007107],
         [0.0542128, 0.0910984, -0.1452154, 0.2061284],
@@ -145,3 +150,8 @@ def test_streamed_equals_in_memory(case: str, tmp_path: Path) -> None:
         mergekit_lite.merge(recipe, tmp_path / f"out-{threads}", threads=threads)
         got = read_folder(tmp_path / f"out-{threads}")
         assert all(torch.equal(got[name], expected[name]) for name in names)
+
+
+def test_cart_of_two_models_is_their_mean() -> None:
+    first, second = drawn(9, 2, (6, 8))
+    torch.testing.assert_close(merged("cart", [first, second], p=0.5), (first + second) / 2)

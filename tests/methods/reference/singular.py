@@ -5,6 +5,7 @@ Of a tensor that is a linear layer's weight.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -85,3 +86,16 @@ def iso_cts(
     common = top(sum(ds), rank - own * len(ds))
     u, s, v = decorrelated([*(top(d - common[0] @ common[0].T @ d, own) for d in ds), common])
     return base + scale.get("lambda", 1.0) * torch.from_numpy(u @ v * s.mean())
+
+
+@reference
+def cart(base: Tensor, models: list[Tensor], *, p: float = 0.04, matrices: str = "linear", **scale: float) -> Tensor:
+    ds = deltas(base, models, matrices)
+    if not ds:
+        return mean(base, models)
+    centre = sum(ds) / len(ds)
+    out = centre.copy()
+    for d in ds:
+        u, s, v = top(d - centre, math.ceil(p * min(base.shape)))
+        out += scale.get("lambda", 1.0) * (u * s) @ v
+    return base + torch.from_numpy(out)
