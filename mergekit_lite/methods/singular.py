@@ -21,9 +21,10 @@ Their evidence is vision models (CLIP with a classifier for each task), not lang
 them.
 
 Only matrices of linear layers are merged so. Embeddings, heads, and whatever isn't a matrix (norms, biases, experts
-stacked in one tensor) get base + lambda·mean(δ), with ``cart`` base + mean(δ);
-so do matrices with fewer rows or columns than there are models, in which no model would have a direction of its own. The released code decomposes embeddings and heads too where nobody
-leaves them out by name: ``matrices: all``, which a recipe can say for some tensors by a filter.
+stacked in one tensor) get base + lambda·mean(δ), with ``cart`` base + mean(δ); so do matrices with fewer rows or
+columns than there are models, in which no model would have a direction of its own. The released code decomposes
+embeddings and heads too where nobody leaves them out by name: ``matrices: all``, which a recipe can say for some
+tensors by a filter.
 
 A matrix is decomposed whole, in float64, by the eigenvectors of its smaller Gram matrix: on a GPU where the merge runs
 on one, else by one core for each worker. Each worker holds one matrix at a time, which the plan's figure of memory

@@ -96,6 +96,8 @@ CASES: dict[str, dict[str, Any]] = {
     "varm": {},
     "varm element": {"granularity": "element"},
     "varm warm": {"granularity": "model", "temperature": 1e-6},
+    "wudi": {},
+    "wudi steps": {"steps": 5},
     "wise_ft": {"alpha": 0.3},
 }
 # What depends on sums of floats, so that a device that adds in another order gives other last bits; and what is made by
@@ -104,7 +106,7 @@ SUMMED = {
     "arcee_fusion", "breadcrumbs_ties", "cart", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c",
     "iso_cts", "karcher", "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns",
     "sce", "sce some", "sce fusechat", "slerp", "ties rescaled", "tsv", "tsv lossless", "varm", "varm element",
-    "varm warm",
+    "varm warm", "wudi", "wudi steps",
 }  # fmt: skip
 BY_LENGTH = {"breadcrumbs_ties", "dare_linear", "dare_ties", "della", "ties rescaled"}  # of those, by rescaling alone
 BY_THREE = ("geometric_median", "sce")

@@ -87,6 +87,8 @@ CASES = [
     Case("varm", True, MANY, {"granularity": "element"}),
     Case("cart", True, MANY, {}),
     Case("cart", True, MANY, {"p": 0.3, "lambda": 0.6, "matrices": "all"}),
+    Case("wudi", True, MANY, {}),
+    Case("wudi", True, MANY, {"steps": 20, "matrices": "all"}),
     Case("iso_c", True, MANY, {}),
     Case("iso_c", True, MANY, {"lambda": 0.6, "matrices": "all"}),
     Case("tsv", True, MANY, {}),

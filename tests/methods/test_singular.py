@@ -16,6 +16,11 @@ SECOND = [[0, 0.1, 0.1, 0], [0.2, 0, 0, 0.1], [0, 0.1, 0, 0.2]]
 THIRD = [[0.1, 0, 0, 0], [0, 0, 0.1, 0], [0, 0.2, 0, 0]]
 # what the released code makes of these deltas in float64
 RELEASED = {
+    "wudi": [
+        [0.0987733, 0.0857267, 0.0441334, 0.0100592],
+        [0.1115745, 0.0676144, -0.041117, 0.0650888],
+        [-0.0500072, -0.1289075, 0.3343773, 0.3100592],
+    ],
     "cart": [
         [0.0271813, 0.0731411, 0.0951944, -0.0484131],
         [0.1275694, -0.0044253, -0.0578124, 0.1483475],
@@ -130,7 +135,7 @@ def test_only_matrices_of_linear_layers_are_taken(method: str) -> None:
 def test_streamed_equals_in_memory(case: str, tmp_path: Path) -> None:
     """To the bit, of a matrix that takes several chunks and spans, and with any number of workers."""
     method = case.partition(" ")[0]
-    names = {"model.layers.0.mlp.up_proj.weight": (97, 11_003), "model.layers.0.mlp.down_proj.weight": (300, 70)}
+    names = {"model.layers.0.mlp.up_proj.weight": (11_003, 97), "model.layers.0.mlp.down_proj.weight": (300, 70)}
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in names.items()}
     models = [
@@ -155,3 +160,13 @@ def test_streamed_equals_in_memory(case: str, tmp_path: Path) -> None:
 def test_cart_of_two_models_is_their_mean() -> None:
     first, second = drawn(9, 2, (6, 8))
     torch.testing.assert_close(merged("cart", [first, second], p=0.5), (first + second) / 2)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, 0.0641667), (300, 0.0607853), ("exact", 0.0210546)])
+def test_loss_of_wudi(steps: object, expected: float) -> None:
+    deltas = [torch.tensor(matrix, dtype=torch.float64) for matrix in (FIRST, SECOND)]
+    got = merged("wudi", deltas, steps=steps)
+    loss = sum(((got - delta) @ delta.mT).square().sum() / delta.square().sum() for delta in deltas)
+    assert float(loss) == pytest.approx(expected, abs=5e-8)
+    if steps == 300:
+        assert float((got - sum(deltas)).abs().max()) == pytest.approx(0.00298, abs=5e-6)

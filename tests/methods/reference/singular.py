@@ -99,3 +99,24 @@ def cart(base: Tensor, models: list[Tensor], *, p: float = 0.04, matrices: str =
         u, s, v = top(d - centre, math.ceil(p * min(base.shape)))
         out += scale.get("lambda", 1.0) * (u * s) @ v
     return base + torch.from_numpy(out)
+
+
+@reference
+def wudi(base: Tensor, models: list[Tensor], *, steps: Any = "exact", matrices: str = "linear") -> Tensor:
+    """As least squares over the rows of all deltas, or with Adam by torch."""
+    ds = deltas(base, models, matrices)
+    if not ds:
+        return mean(base, models)
+    start = sum(ds)
+    if steps == "exact":
+        directions = np.vstack([d / np.linalg.norm(d) for d in ds])
+        wanted = np.vstack([(d @ (d - start).T) / np.linalg.norm(d) for d in ds])
+        return base + torch.from_numpy(start + np.linalg.lstsq(directions, wanted, rcond=None)[0].T)
+    change = torch.from_numpy(start).requires_grad_()
+    adam = torch.optim.Adam([change], lr=1e-5)
+    for _ in range(steps):
+        adam.zero_grad()
+        loss = sum(((change - d) @ d.T).square().sum() / d.square().sum() for d in map(torch.from_numpy, ds))
+        loss.backward()
+        adam.step()
+    return base + change.detach()
