@@ -14,7 +14,7 @@ Entries are the same with the compiled kernels and without, for any threads, and
 only ones that another CPU or LAPACK might change are the low-rank formats of ``vectors`` (``lowrank``, ``energy``,
 ``lora`` and ``applied-low``), which hold singular vectors, and those of methods that compute sums, angles or roots with
 torch in float32: ``karcher``, ``geometric_median``, ``multislerp``, ``nuslerp``, ``slerp``, ``varm`` and ``sce``;
-and ``relex``, by an eigenvector.
+``relex``, by an eigenvector; and the methods by singular vectors, such as ``iso_c``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from mergekit_lite.checkpoint.encodings.sum import Sum
@@ -20,12 +21,14 @@ from mergekit_lite.ops import operations as op
 from mergekit_lite.output.upload import IN_FLIGHT
 from mergekit_lite.planning import Job, Plan
 
+NUMBER = re.compile(r"\d+")
 PYTHON, WITH_TORCH = 34_000_000, 260_000_000  # measured on Linux
 NUMPY = 11_000_000  # measured: it is imported for statistics, by torch too
 COUNTING = 5_000_000  # of each model, for each worker: bit patterns counted to find a threshold; measured
 WITH_CUDA = 900_000_000  # not measured: torch's CUDA build, and a context, of which the host keeps a part
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
 UPLOADING = IN_FLIGHT + 40_000_000  # parts under way, and the client of the store
+DOUBLE = 8  # bytes of a number of a matrix that a worker holds whole
 QUANTISING = 20  # bytes for each element of a chunk that is quantised: sizes, quotients, codes, what they stand for
 FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each worker
 REMEMBERED_FACTORS = 64 << 20
@@ -52,6 +55,7 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
     statistics = {type(request.of) for request in _requests(plan)}
     runtime += NUMPY if statistics and runtime == PYTHON else 0
     buffers += COUNTING * plan.most_inputs if op.CountUpperBits in statistics and on_cpu else 0
+    buffers += DOUBLE * _most_held(plan) if on_cpu else 0
     runtime += UPLOADING if any(isinstance(output, Place) for output in plan.outputs) else 0
     return runtime + factors + workers * buffers + PER_TENSOR * len(plan.jobs)
 
@@ -75,6 +79,14 @@ def _requests(plan: Plan) -> Iterator[Reduction]:
     for job in _of_each_kind(plan):
         if job.merged_elements and (request := JobMerge(plan, job, 0, 0, job.numel).request) is not None:
             yield request
+
+
+def _most_held(plan: Plan) -> int:
+    """Return the most numbers of float64 that a worker holds of a tensor that its method needs whole."""
+    # Layers are alike: one of them is enough.
+    alike = {(job.method, job.shape, NUMBER.sub("", job.name)): job for job in plan.merged}
+    requests = [JobMerge(plan, job, 0, 0, job.numel).request for job in alike.values()]
+    return max((request.held for request in requests if request is not None), default=0)
 
 
 def _of_each_kind(plan: Plan) -> Iterable[Job]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite import draws, dtypes
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.deferred import np
+from mergekit_lite.deferred import np, torch
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods import method_named
@@ -56,7 +56,9 @@ class JobMerge(TensorMerge):
     @property
     def is_shared(self) -> bool:
         """Whether the sums it waits for are not for one worker alone."""
-        return self.request is not None and (self.group is not None or self.job.numel > LARGE)
+        if self.request is None or self.request.held:
+            return False
+        return self.group is not None or self.job.numel > LARGE
 
     @property
     def widest_input(self) -> int:
@@ -106,7 +108,21 @@ class JobMerge(TensorMerge):
     def prepare(self, buffers: WorkerBuffers, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing."""
         while self.request is not None:
-            self.send(joined(self.sum(buffers, reader, *section) for section in self.sections()))
+            if self.request.held:
+                self.send_whole(lambda number: self._whole(buffers, reader, number))
+            else:
+                self.send(joined(self.sum(buffers, reader, *section) for section in self.sections()))
+
+    def _whole(self, buffers: WorkerBuffers, reader: Reader, number: int) -> torch.Tensor:
+        """Return all elements of an input, in float64 on the worker's device; 0 is the base where there is one."""
+        index = (number - 1) % len(self.job.inputs) if self.job.has_base else number
+        spec = self.job.inputs[index]
+        whole = torch.empty(self.job.numel, dtype=torch.float64, device=buffers.device)
+        for start, count in cut(0, self.job.numel, CHUNK):
+            chunk = buffers.read(reader, index, spec, start, count)
+            whole[start : start + count].copy_(torch.frombuffer(chunk, dtype=dtypes.torch_dtype(spec.dtype)))
+            buffers.wait()
+        return whole
 
     def block(self, ops: Ops, chunks: Sequence[memoryview]) -> list[Any]:
         """Return a backend's views of the inputs' chunks, which come in the job's order: the base first."""

@@ -61,7 +61,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Reduction:
-    """The one primitive statistic: a few figures that are additive over blocks.
+    """The one primitive statistic: a few figures that are additive over blocks, or what follows from a whole tensor.
 
     Attributes:
         of: what gives the figures of a block. Totals of float64 depend on the cut into blocks in their last bits, so it
@@ -70,12 +70,17 @@ class Reduction:
         within: (begin, end), the only elements of this tensor that contribute; None for all. The others need not be
             visited.
         sampled: only a sample of the elements contributes, whose blocks begin at no index in particular.
+        held: 0, or of what can't be had block by block the most float64 numbers that are in memory for it at once. The
+            one block is then the whole tensor: its inputs in float64 and in the tensor's shape, each of them read anew
+            where the function takes it by its index. The total is what the function returns, on its device, however
+            large.
     """
 
     of: Statistic
     group: str | None = None
     within: tuple[int, int] | None = None
     sampled: bool = False
+    held: int = 0
 
 
 @dataclass(frozen=True)

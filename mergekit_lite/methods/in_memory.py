@@ -111,7 +111,10 @@ class _InMemory(TensorMerge):
     def result(self, length: int) -> torch.Tensor:
         """Gather what statistics are missing, and merge ``length`` elements at a time, in whole rows."""
         while self.request is not None:
-            self.send(joined(self.sums()))
+            if self.request.held:
+                self.send_whole(self.flat.__getitem__)
+            else:
+                self.send(joined(self.sums()))
         out = torch.empty(self.info.numel, dtype=self.dtype, device=self.flat[0].device)
         ops, row = self.ops(self.device), max(1, self.row)
         length = max(1, length // row) * row

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-from mergekit_lite.deferred import np
+from mergekit_lite.deferred import np, torch
 from mergekit_lite.methods.contract import Explained, Merge, Reduction, Steps, TensorInfo, Totals, WithCoefficients
 from mergekit_lite.methods.registry import Method
 from mergekit_lite.ops import Ops, TensorKind, ops_for
@@ -81,9 +81,16 @@ class TensorMerge:
 
     def send(self, total: Totals) -> None:
         """Hand over the total of the requested reduction and go as far as the next request."""
-        self._has_float_sums |= total.dtype.kind == "f"
+        assert self.request is not None
+        self._has_float_sums |= self.request.held > 0 or total.dtype.kind == "f"
         with np.errstate(all="ignore"):  # what isn't finite goes through, and is found in the output
             self._advance(total)
+
+    def send_whole(self, take: Callable[[int], torch.Tensor]) -> None:
+        """Answer a request for the whole tensor, whose inputs ``take`` returns by number, 1-D, the base's first."""
+        assert self.request is not None and callable(self.request.of)
+        with torch.inference_mode():
+            self.send(self.request.of(_Taken(take, self.info), 0))  # type: ignore[arg-type]  # lazy, and large
 
     def sections(self) -> list[tuple[int, int]]:
         """Return the (begin, end) of each section of the tensor that contributes to the requested reduction."""
@@ -114,6 +121,22 @@ class TensorMerge:
         if isinstance(merge, WithCoefficients):
             self.coefficients, self.explained, merge = merge.coefficients, merge.explained, merge.merge
         self._merge = merge
+
+
+class _Taken(Sequence["torch.Tensor"]):
+    """The inputs of a whole tensor, each taken when it is asked for: float64, in the tensor's shape."""
+
+    def __init__(self, take: Callable[[int], torch.Tensor], info: TensorInfo) -> None:
+        self._take = take
+        self._info = info
+
+    def __len__(self) -> int:
+        return self._info.inputs
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._take(number).double().view(self._info.shape)
 
 
 def joined(parts: Iterable[Totals]) -> Totals:

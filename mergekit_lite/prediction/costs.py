@@ -190,6 +190,9 @@ def _prepare(merge: JobMerge, buffers: WorkerBuffers, reader: MadeUpReader) -> N
     don't count here.
     """
     while (request := merge.request) is not None:
+        if request.held:
+            merge.prepare(buffers, reader)
+            break
         started, copied, read = time.thread_time(), reader.seconds, reader.nbytes
         total = joined(merge.sum(buffers, reader, *section) for section in merge.sections())
         if request.group is not None and request.within is not None:

@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "breadcrumbs": CRUMBS,
     "breadcrumbs_ties": CRUMBS | {"rescale": "l1"},
     "chat_vector": {"scale": 0.7},
+    "cart": {},
     "consensus": {"lambda": 0.8},
     "dare_linear": SPARSE,
     "dare_linear density": SPARSE | {"rescale": "density"},
@@ -65,6 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
     "expo": {"alpha": 0.3},
     "expo small": {"alpha": -0.7},
     "geometric_median": {},
+    "iso_c": {},
+    "iso_cts": {},
     "karcher": {},
     "linear": WEIGHTS,
     "linear sum": WEIGHTS | {"normalize": False},
@@ -87,18 +90,23 @@ CASES: dict[str, dict[str, Any]] = {
     "ties": SPARSE,
     "ties global": SPARSE | {"trim": "global"},
     "ties rescaled": SPARSE | {"rescale": "l1"},
+    "tsv": {},
+    "tsv lossless": {"lossless": True},
     "uniform_soup": {},
     "varm": {},
     "varm element": {"granularity": "element"},
     "varm warm": {"granularity": "model", "temperature": 1e-6},
+    "wudi": {},
+    "wudi steps": {"steps": 5},
     "wise_ft": {"alpha": 0.3},
 }
 # What depends on sums of floats, so that a device that adds in another order gives other last bits; and what is made by
 # a method's own function, which is taken to do so too.
 SUMMED = {
-    "arcee_fusion", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "geometric_median", "karcher",
-    "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns", "sce", "sce some",
-    "sce fusechat", "slerp", "ties rescaled", "varm", "varm element", "varm warm",
+    "arcee_fusion", "breadcrumbs_ties", "cart", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c",
+    "iso_cts", "karcher", "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns",
+    "sce", "sce some", "sce fusechat", "slerp", "ties rescaled", "tsv", "tsv lossless", "varm", "varm element",
+    "varm warm", "wudi", "wudi steps",
 }  # fmt: skip
 BY_LENGTH = {"breadcrumbs_ties", "dare_linear", "dare_ties", "della", "ties rescaled"}  # of those, by rescaling alone
 BY_THREE = ("geometric_median", "sce")

@@ -89,6 +89,16 @@ CASES = [
     Case("schedule_average", False, MANY, {}),
     *(Case("schedule_average", False, MANY, {"schedule": name}) for name in ("linear", "cosine", "inverse-sqrt")),
     Case("schedule_average", False, (5,), {"schedule": "linear", "weight": WEIGHTS}),
+    Case("cart", True, MANY, {}),
+    Case("cart", True, MANY, {"p": 0.3, "lambda": 0.6, "matrices": "all"}),
+    Case("wudi", True, MANY, {}),
+    Case("wudi", True, MANY, {"steps": 20, "matrices": "all"}),
+    Case("iso_c", True, MANY, {}),
+    Case("iso_c", True, MANY, {"lambda": 0.6, "matrices": "all"}),
+    Case("tsv", True, MANY, {}),
+    Case("tsv", True, MANY, {"lossless": True, "lambda": 0.6, "matrices": "all"}),
+    Case("iso_cts", True, MANY, {}),
+    Case("iso_cts", True, MANY, {"common_space_fraction": 0.3, "lambda": 0.6, "matrices": "all"}),
     Case("nearswap", True, (1,), {"t": 0.001}),
     Case("magmax", True, MANY, {}),
     Case("magmax", True, MANY, {"lambda": 0.4}),
@@ -181,6 +191,7 @@ ALONG: dict[str, tuple[float, float, float]] = {
     "t": (0.2, 1.3, 0.6), "alpha": (0.3, 0.9, 0.1), "scale": (0.7, 1.0, -0.4), "decay": (0.4, 0.9, 0.6),
     "select_topk": (0.2, 1.0, 0.5), "temperature": (4e-6, 9e-6, 2e-6), "threshold": (0.2, 0.6, 0.4),
     "epsilon": (1e-3, 2e-3, 5e-4), "r": (0.1, 0.5, 0.3), "step": (90, 100, 80), "to_step": (150, 300, 120),
+    "common_space_fraction": (0.8, 0.3, 1.0), "p": (0.04, 0.3, 0.1),
 }  # fmt: skip
 FIXED = {"eps", "tol", "max_iter", "agree"}  # whole numbers and tolerances, set above
 LAYERS = 3
@@ -252,6 +263,8 @@ def test_gradients_and_filters(method: str, count: int, dtype: torch.dtype, tmp_
         for key in each[0]:
             values = [by_rule(own[key], name) for own in each]
             parameters[key] = values[0] if method == "passthrough" else values
+        if "matrices" in METHODS[method].parameters and ("embed" in name or "head" in name):
+            parameters["matrices"] = "none"  # unless asked for, embeddings and heads are left to the mean
         results.append((merged[name], *by_reference(method, base if has_base else None, models, parameters)))
     got, expected, sure = (torch.cat([tensor.flatten() for tensor in kind]) for kind in zip(*results, strict=True))
     inputs = [torch.cat([tensors[number].flatten() for tensors in drawn.values()]) for number in range(count + 1)]

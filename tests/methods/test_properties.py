@@ -17,6 +17,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "chat_vector": {"scale": 0.0},
     "consensus": {"lambda": 1 / 3},
     "expo": {"alpha": 0.0},
+    "iso_c": {"matrices": "none"},
+    "iso_cts": {"matrices": "none"},
+    "tsv": {"lossless": True},
     "nearswap": {"t": 100.0},
     "ram": {"epsilon": 0.0},
     "ramplus_tl": {"epsilon": 0.0},
@@ -35,6 +38,7 @@ def identity(method: Method) -> dict[str, Any]:
 IDENTITY = {name: identity(method) for name, method in METHODS.items()}
 # where all parameters are at work and statistics are gathered
 BUSY: dict[str, dict[str, Any]] = {
+    "cart": {"p": 0.3},
     "breadcrumbs": {"weight": 0.5, "density": 0.5, "gamma": 0.1, "rescale": "l1"},
     "breadcrumbs_ties": {"weight": 0.5, "density": 0.5, "gamma": 0.1},
     "chat_vector": {"scale": 0.5},
@@ -44,6 +48,9 @@ BUSY: dict[str, dict[str, Any]] = {
     "della": {"weight": 0.5, "density": 0.5},
     "della_linear": {"weight": 0.5, "density": 0.5},
     "expo": {"alpha": 0.5},
+    "iso_c": {"matrices": "linear"},
+    "iso_cts": {"matrices": "linear"},
+    "tsv": {"lossless": False},
     "model_stock": {"filter_wise": True},
     "nearswap": {"t": 0.01},
     "nuslerp": {"weight": 1.0, "nuslerp_flatten": False, "nuslerp_row_wise": True},

@@ -6,7 +6,17 @@ tensor. It shares no code with the package.
 
 from __future__ import annotations
 
-from tests.methods.reference import elementwise, fusechat, linear, runs, spherical, task_vectors
+from tests.methods.reference import elementwise, fusechat, linear, runs, singular, spherical, task_vectors
 from tests.methods.reference.table import REFERENCES, doubtful
 
-__all__ = ["REFERENCES", "doubtful", "elementwise", "fusechat", "linear", "runs", "spherical", "task_vectors"]
+__all__ = [
+    "REFERENCES",
+    "doubtful",
+    "elementwise",
+    "fusechat",
+    "linear",
+    "runs",
+    "singular",
+    "spherical",
+    "task_vectors",
+]
