@@ -55,9 +55,9 @@ __all__ = [
     "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
     "Finished", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed",
     "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
-    "build_moe", "combine_adapters", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "inspect",
-    "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation",
-    "plan_merge", "preview", "prune_experts", "push", "run", "split_experts", "transplant", "upcycle", "verify",
+    "build_moe", "combine_adapters", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate",
+    "inspect", "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint",
+    "plan_extrapolation", "plan_merge", "preview", "prune_experts", "push", "run", "split_experts", "transplant", "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
