@@ -57,7 +57,8 @@ __all__ = [
     "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
     "build_moe", "combine_adapters", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate",
     "inspect", "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint",
-    "plan_extrapolation", "plan_merge", "preview", "prune_experts", "push", "run", "split_experts", "transplant", "upcycle", "verify",
+    "plan_extrapolation", "plan_merge", "preview", "prune_experts", "push", "run", "split_experts", "transplant",
+    "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
