@@ -18,6 +18,7 @@ from mergekit_lite.errors import UsageError, counted
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.vectors.extracted import Extracted
+    from mergekit_lite.vectors.spaces import SpaceName
 
 
 class Signed(click.Command):
@@ -205,7 +206,7 @@ def combine(
     output: str,
     method: str,
     parameters: dict[str, Any],
-    space: str | None,
+    space: SpaceName | None,
     rank: int | None,
     run_options: RunOptions,
     view: running.View,
@@ -230,7 +231,7 @@ def _combine_adapters(
     output: str,
     method: str,
     parameters: dict[str, Any],
-    space: str,
+    space: SpaceName,
     rank: int | None,
     run_options: RunOptions,
     view: running.View,
@@ -250,6 +251,7 @@ def _combine_adapters(
         raise UsageError(
             f"{', '.join(given)}: not with --space, which works on this machine's CPUs, on finite factors."
         )
+    running_options: dict[str, Any] = {**run_options}
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
     plan = plan_adapters(adapters, output, method, parameters, space=space, rank=rank, **options)
     for note in plan.notes:
@@ -263,7 +265,7 @@ def _combine_adapters(
             screen.out.print(f"{counted(len(plan.modules), 'module')} of rank {_range(ranks)}, by {method} in {space}")
         return
     with running.resumable(), screen.progress("combining", None) as progress:
-        combined = run_adapters(plan, progress=progress, **run_options)
+        combined = run_adapters(plan, progress=progress, **running_options)
     if view.as_json:
         click.echo(json.dumps(json_output.with_fetched(combined.to_json()), indent=1))
     elif not view.quiet:
