@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from mergekit_lite.pushing import Pushed, push
     from mergekit_lite.recipe import Recipe
     from mergekit_lite.transplanting.transplanting import transplant
+    from mergekit_lite.vectors.adapter_combination import combine_adapters
     from mergekit_lite.vectors.application import apply_vectors
     from mergekit_lite.vectors.combination import combine_vectors
     from mergekit_lite.vectors.extracted import Extracted
@@ -59,9 +60,10 @@ __all__ = [
     "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings", "Finished",
     "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed", "Pushed",
     "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
-    "build_moe", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "extrapolate_run", "inspect",
-    "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation",
-    "plan_merge", "plan_run_extrapolation", "preview", "prune_experts", "push", "run", "split_experts", "transplant",
+    "build_moe", "combine_adapters", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate",
+    "extrapolate_run", "inspect", "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors",
+    "open_checkpoint", "plan_extrapolation", "plan_merge", "plan_run_extrapolation", "preview", "prune_experts", "push",
+    "run", "split_experts", "transplant",
     "upcycle", "verify",
 ]  # fmt: skip
 
@@ -87,6 +89,7 @@ _NAMES = {  # by the module that has them
     "pushing": ("Pushed", "push"),
     "recipe": ("Recipe",),
     "transplanting.transplanting": ("transplant",),
+    "vectors.adapter_combination": ("combine_adapters",),
     "vectors.application": ("apply_vectors",),
     "vectors.combination": ("combine_vectors",),
     "vectors.extracted": ("Extracted",),

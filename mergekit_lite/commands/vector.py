@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,12 @@ import click
 from mergekit_lite.commands import CommandGroup, json_output, running, values
 from mergekit_lite.engine.ray_cluster import workers_of
 from mergekit_lite.engine.run import RunOptions
-from mergekit_lite.errors import counted
+from mergekit_lite.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.vectors.extracted import Extracted
+    from mergekit_lite.vectors.spaces import SpaceName
 
 
 class Signed(click.Command):
@@ -179,6 +181,8 @@ def apply(
 Examples:
   mergekit-lite vector combine --method ties -p density=0.2 math.safetensors code.safetensors -o both.safetensors
   mergekit-lite vector combine --method linear -p normalize=false a.safetensors:0.7 b.safetensors:0.3 -o v.safetensors
+  mergekit-lite vector combine --space core --method ties -p density=0.5 ./adapter-a ./adapter-b -o ./adapter
+  mergekit-lite vector combine --space knots --method linear ./a ./b ./c --rank 16 -o ./adapter
 """,
 )
 @click.argument("vectors", nargs=-1, required=True, metavar="VECTOR[:WEIGHT]…")
@@ -186,7 +190,13 @@ Examples:
 @click.option(
     "-p", "--parameter", "parameters", metavar="NAME=VALUE", callback=values.parameters, multiple=True, help="Of it."
 )
-@click.option("-o", "--output", required=True, help="A .safetensors file.")
+@click.option("-o", "--output", required=True, help="A .safetensors file; with --space a folder.")
+@click.option(
+    "--space",
+    type=click.Choice(["core", "knots"]),
+    help="Combine LoRA adapters into an adapter: the space in which the method sees their products.",
+)
+@click.option("--rank", type=int, help="With --space: cut the result to this rank; the sum of the ranks by default.")
 @click.option("--rebase", is_flag=True, help="Take vectors of different bases for vectors of the first one's.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the result.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw.")
@@ -196,11 +206,85 @@ def combine(
     output: str,
     method: str,
     parameters: dict[str, Any],
+    space: SpaceName | None,
+    rank: int | None,
     run_options: RunOptions,
     view: running.View,
     **options: Any,
 ) -> None:
-    """Combine task vectors of one base into one, by any method of the recipes; the base of it is zero."""
+    """Combine task vectors of one base into one, by any method of the recipes; the base of it is zero.
+
+    With --space they are LoRA adapters (folders or hub repositories) of any ranks and scales, and so is the result.
+    """
     from mergekit_lite.vectors.combination import plan_combine
 
+    if space is not None:
+        _combine_adapters(vectors, output, method, parameters, space, rank, run_options, view, options)
+        return
+    if rank is not None:
+        raise UsageError("--rank goes with --space, which combines adapters.")
     running.carry_out(plan_combine(vectors, output, method, parameters, **options), run_options, view)
+
+
+def _combine_adapters(
+    adapters: tuple[str, ...],
+    output: str,
+    method: str,
+    parameters: dict[str, Any],
+    space: SpaceName,
+    rank: int | None,
+    run_options: RunOptions,
+    view: running.View,
+    options: dict[str, Any],
+) -> None:
+    """Combine adapters into one and show it, or the plan alone."""
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.vectors.adapter_combination import plan_adapters, run_adapters
+
+    unfit = {
+        "--rebase": options.pop("rebase"),
+        "--device": run_options.pop("device", "cpu") not in ("cpu", "auto"),
+        "--ray": run_options.pop("ray", None) is not None,
+        "--allow-nonfinite": run_options.pop("allow_nonfinite", False),
+    }
+    if given := [name for name, is_given in unfit.items() if is_given]:
+        raise UsageError(
+            f"{', '.join(given)}: not with --space, which works on this machine's CPUs, on finite factors."
+        )
+    running_options: dict[str, Any] = {**run_options}
+    screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
+    plan = plan_adapters(adapters, output, method, parameters, space=space, rank=rank, **options)
+    for note in plan.notes:
+        screen.warn(note)
+    if view.dry_run:
+        ranks = sorted({module.rank for module in plan.modules})
+        shown = {"modules": len(plan.modules), "ranks": ranks, "bytes": plan.layout.nbytes, "notes": list(plan.notes)}
+        if view.as_json:
+            click.echo(json.dumps(shown, indent=1))
+        elif not view.quiet:
+            screen.out.print(f"{counted(len(plan.modules), 'module')} of rank {_range(ranks)}, by {method} in {space}")
+        return
+    with running.resumable(), screen.progress("combining", None) as progress:
+        combined = run_adapters(plan, progress=progress, **running_options)
+    if view.as_json:
+        click.echo(json.dumps(json_output.with_fetched(combined.to_json()), indent=1))
+    elif not view.quiet:
+        _show_combined(combined, _range([module.rank for module in plan.modules]), screen)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """Return ``16``, or ``8 to 16`` where numbers differ."""
+    least, most = min(numbers), max(numbers)
+    return f"{most}" if least == most else f"{least} to {most}"
+
+
+def _show_combined(combined: Extracted, ranks: str, screen: Screen) -> None:
+    from mergekit_lite.commands.screen import made, table
+
+    if screen.verbose:
+        rows = [(one.name, f"{math.sqrt(one.square):.3g}", f"{one.error:.4f}") for one in combined.tensors]
+        screen.out.print(table(("tensor", ">‖product‖", ">cut off"), rows))
+    screen.out.print(made(combined.output, combined.nbytes))
+    exact = not any(tensor.lost for tensor in combined.tensors)
+    loss = "nothing cut off" if exact else f"cut off: {combined.error:.4f} of ‖product‖"
+    screen.out.print(f"  {counted(len(combined.tensors), 'module')} of rank {ranks}; {loss}")

@@ -114,7 +114,10 @@ def _check_files(named: Sequence[Addition]) -> None:
     """Raise PlanError where a vector is no file."""
     wrong = [f"{one.path}: is not a file" for one in named if not is_one_file(one.path)]
     if wrong:
-        remedy = "an adapter is made one with: vector extract BASE BASE+ADAPTER -o v.safetensors"
+        remedy = (
+            "adapters are combined among themselves with --space core (combine_adapters in Python), or made vectors "
+            "with: vector extract BASE BASE+ADAPTER -o v.safetensors"
+        )
         raise PlanError([f"{text}; {remedy}" for text in wrong])
 
 

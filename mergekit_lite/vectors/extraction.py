@@ -363,7 +363,7 @@ def _write(
     """
     parts = {part.suffix: (named(tensor.pair.name, part.suffix), _part_bytes(part)) for part in tensor.storage.parts}
     earlier = workspace.record(number, 0)
-    if earlier is not None and earlier.output == " ".join(_digest(workspace, *part) for part in parts.values()):
+    if earlier is not None and earlier.output == " ".join(digest_of_part(workspace, *part) for part in parts.values()):
         return earlier
     digests = {suffix: xxhash.xxh3_128() for suffix in parts}
 
@@ -378,7 +378,7 @@ def _write(
     return Record(number, 0, (), digest, (lost,), ())
 
 
-def _digest(workspace: OutputWorkspace, tensor: str, nbytes: int) -> str:
+def digest_of_part(workspace: OutputWorkspace, tensor: str, nbytes: int) -> str:
     """Return the digest of what an earlier run wrote of a tensor; empty where it is not complete."""
     digest = xxhash.xxh3_128()
     for start, count in cut(0, nbytes, CHUNK):

@@ -90,27 +90,46 @@ def write_config(folder: Path, base: Checkpoint, storage_plans: Mapping[str, Sto
         for name, storage in storage_plans.items()
         if _is_low_rank(storage)
     }
-    common = rank or max(ranks.values(), default=1)
-    exceptions = _patterns({module: own for module, own in ranks.items() if own != common})
     in_full = [name for name in storage_plans if name.rpartition(".")[0] not in ranks]
     biases = [name for name in storage_plans if name.endswith(".bias") and name.removesuffix(".bias") in ranks]
+    changes = {
+        "revision": base.revision,
+        "bias": "all" if biases else "none",
+        "fan_in_fan_out": is_transposed(base),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in in_full}) or None,
+    }
+    write_config_of(folder, ranks, rank, {"base_model_name_or_path": base.reference, **changes})
+
+
+def write_config_of(folder: Path, ranks: Mapping[str, int], rank: int | None, changes: Mapping[str, Any]) -> None:
+    """Write the ``adapter_config.json`` of a LoRA whose products have the scale 1.
+
+    Args:
+        folder: where it is written.
+        ranks: of each module.
+        rank: of the modules that get no pattern; None for the largest.
+        changes: other entries of the config.
+    """
+    common = rank or max(ranks.values(), default=1)
+    exceptions = _patterns({module: own for module, own in ranks.items() if own != common})
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.reference,
-        "revision": base.revision,
+        "base_model_name_or_path": None,
+        "revision": None,
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,
         "lora_dropout": 0.0,
-        "bias": "all" if biases else "none",
-        "fan_in_fan_out": is_transposed(base),
+        "bias": "none",
+        "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": False,
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in in_full}) or None,
+        "modules_to_save": None,
         "rank_pattern": exceptions,
         "alpha_pattern": exceptions,
+        **changes,
     }
     (folder / ADAPTER_CONFIG).write_bytes(json.dumps(config, indent=2).encode() + b"\n")
 

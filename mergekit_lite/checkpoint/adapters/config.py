@@ -81,6 +81,8 @@ class AdapterConfig:
     has_magnitudes: bool = False  # whether it is a DoRA
     task: str | None = None  # what its model is for: CAUSAL_LM, SEQ_CLS, …
     peft_version: tuple[int, ...] = ()  # of the program that wrote it, as far as it says
+    base: str | None = None  # the model it says it was trained on
+    base_revision: str | None = None
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's LoRA."""
@@ -126,6 +128,8 @@ def read_config(path: Path) -> AdapterConfig:
         bool(config.get("use_dora")),
         config.get("task_type"),
         tuple(int(part) for part in re.findall(r"\d+", str(config.get("peft_version") or ""))[:3]),
+        _text(config.get("base_model_name_or_path")),
+        _text(config.get("revision")),
     )
 
 
@@ -205,6 +209,10 @@ def _is_rank(value: object) -> bool:
 
 def _is_alpha(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < MAX_ALPHA  # type: ignore[arg-type]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _shown(value: object) -> str:
