@@ -193,10 +193,8 @@ def test_rows_that_can_not_be_taught_are_told(place: Path) -> None:
     assert len(TaughtFile(place / "out" / "teach" / "strong")) == 9
 
 
-def test_an_empty_response_and_numbers_that_are_none_are_told(place: Path) -> None:
+def test_an_empty_response_is_told(place: Path) -> None:
     """A text without a template is nothing where it was cut before its first token."""
-    import torch
-
     plain = tokenizer_of(str(place / "strong"))
     plain.chat_template = None
     plain.save_pretrained(place / "strong")
@@ -205,12 +203,6 @@ def test_an_empty_response_and_numbers_that_are_none_are_told(place: Path) -> No
     rows[1] |= {"response": "", "cut": True}
     write_rows(place / "out" / "pairs" / "sft.jsonl", rows)
     assert "1 row left out: the response is empty" in "\n".join(taught(place).lines)
-    broken = causal_model()
-    with torch.no_grad():
-        next(broken.parameters()).fill_(torch.nan)
-    broken.save_pretrained(place / "strong")
-    with pytest.raises(RunError, match=r"of 3 rows.*a log-probability is NaN"):
-        taught(place, strong(name="broken"))
 
 
 def test_likely_tokens_beyond_the_vocabulary_are_left_to_the_tail() -> None:
@@ -223,6 +215,8 @@ def test_likely_tokens_beyond_the_vocabulary_are_left_to_the_tail() -> None:
     assert row.top_ids.tolist() == [[2, 1, 0], [4, 3, 0]]
     assert np.exp(row.top_log_probs).tolist() == [[0.5, 0.125, 0], [0.5, 0.25, 0.125]]
     assert np.exp(decode(encode(row, 5), row.key).top_log_probs).sum(1) == pytest.approx([0.625, 0.875], abs=1e-3)
+    for value, why in ((np.nan, "is NaN"), (-np.inf, "is impossible")):
+        assert why in str(asked.taught(Said(np.array([-0.7, value], np.float32), ids, values), 5))
     narrow = asked.taught(Said(np.array([-0.7, -1.4], np.float32), ids % 4, values), 2)
     assert isinstance(narrow, TaughtRow) and narrow.top_ids.shape == (2, 2)
 
