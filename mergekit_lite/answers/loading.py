@@ -118,7 +118,7 @@ def fetched(path: str, expected: str, load: Callable[[], T], own_code: str = SER
     untyped.disable_progress_bar()  # that of the weights would appear in the middle of our own
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of a damaged file any: tokenizers raises the class itself, transformers TypeError
         lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = (
             f"It comes with code of its own, which is never run here: {own_code}"

@@ -269,8 +269,6 @@ class ChatTemplate:
         return Frame(before, after)
 
     def _render(self, messages: Sequence[Message], header: bool = False) -> str:
-        from jinja2 import TemplateError as JinjaError
-
         try:
             text = self.tokenizer.apply_chat_template(
                 cast("list[dict[str, str]]", list(messages)),
@@ -278,7 +276,7 @@ class ChatTemplate:
                 add_generation_prompt=header,
                 date_string=DATE,
             )
-        except (JinjaError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template is a program: it may divide by zero, or recurse without end
             raise TemplateError(
                 f"The chat template of {self.name} refuses a conversation of roles "
                 f"{', '.join(message['role'] for message in messages)}: {error}"

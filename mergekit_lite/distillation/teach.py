@@ -16,21 +16,25 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xxhash import xxh3_128, xxh3_128_hexdigest
+from xxhash import xxh3_128_hexdigest
 
-from mergekit_lite.answers.loading import CAUSAL, config_of, tokenizer_of
+from mergekit_lite.answers.loading import CAUSAL, config_of, free_memory, tokenizer_of
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import Recipe, RecipeTeacher
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.settings import as_from
-from mergekit_lite.distillation.teaching.asked import IMPOSSIBLE, Asked, Lesson, Reader, lessons
+from mergekit_lite.distillation.teaching.asked import Asked, Reader, TextRow, text_rows
 from mergekit_lite.distillation.teaching.files import TaughtFile
 from mergekit_lite.distillation.teaching.scoring import LocalScorer, Scorer
 from mergekit_lite.distillation.teaching.served import ServedScorer
+from mergekit_lite.distillation.training.workspace import WEIGHTS, identity
 from mergekit_lite.errors import CheckpointError, RunError, UsageError, counted, listing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN = 3  # reasons in a message
 
@@ -57,9 +61,12 @@ def teach(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> 
     missing: list[str] = []
     table: list[tuple[str, ...]] = []
     for teacher in recipe.teachers:
-        with _file(recipe, teacher) as file:
-            missing += _teach(teacher, rows, file, reporter)
+        tokenizer = tokenizer_of(teacher.model)
+        with _file(recipe, teacher, tokenizer) as file:
+            missing += _teach(teacher, tokenizer, rows, file, reporter)
             table.append(_told(teacher, file))
+        if teacher.server is None:
+            free_memory()  # for the next one's model
     reporter.table(("teacher", ">rows", ">tokens", ">likeliest", ">bytes a token", ">cross-entropy"), table)
     if missing and not skip_missing:
         raise RunError(
@@ -83,37 +90,43 @@ def _problems(teacher: RecipeTeacher) -> Iterator[str]:
         tokenizer_of(teacher.model)
         if teacher.server is None:
             config_of(teacher.model, CAUSAL)
+            if Path(teacher.model).is_absolute() and not any(_weights(Path(teacher.model))):
+                yield f"{teacher.model} has no weights ({' or '.join(WEIGHTS)}): name its `server`, or put them there"
     except CheckpointError as error:
         yield str(error)
 
 
-def scorer_of(teacher: RecipeTeacher) -> Scorer:
+def scorer_of(teacher: RecipeTeacher, tokenizer: PreTrainedTokenizerBase) -> Scorer:
     """Return what scores for a teacher: the model here, or its server."""
-    return LocalScorer(teacher) if teacher.server is None else ServedScorer(teacher, tokenizer_of(teacher.model))
+    return LocalScorer(teacher) if teacher.server is None else ServedScorer(teacher, tokenizer)
 
 
-def _teach(teacher: RecipeTeacher, rows: Path, file: TaughtFile, reporter: Reporter) -> list[str]:
+def _teach(
+    teacher: RecipeTeacher, tokenizer: PreTrainedTokenizerBase, rows: Path, file: TaughtFile, reporter: Reporter
+) -> list[str]:
     """Ask one teacher for what it hasn't said. Returns a message where rows are missing at the end."""
     problems: list[str] = []
-    there = Counter(lesson.key in file for lesson in lessons(rows, teacher, problems))
+    there = Counter(row.key in file for row in text_rows(rows, teacher, problems))
     total = there.total()
     if problems:
         reporter.warn(listing(f"Rows of {rows} left out", problems))
-    reader = Reader(ChatTemplate(tokenizer_of(teacher.model)), teacher.system)
-    scorer = scorer_of(teacher)
-    wanted = (lesson for lesson in lessons(rows, teacher, []) if lesson.key not in file)
-    lost = 0
+    reader = Reader(ChatTemplate(tokenizer), teacher.system)
+    scorer = scorer_of(teacher, tokenizer)
+    wanted = (row for row in text_rows(rows, teacher, []) if row.key not in file)
+    added = lost = 0
     with reporter.progress(teacher.name, total, there[True]) as advance:
-        while window := _window(wanted, scorer.at_once):
-            asked = [each for lesson in window if (each := _read(reader, scorer, lesson)) is not None]
+        while window := list(islice(wanted, scorer.at_once)) if there[False] else []:
+            single = {row.key: row for row in window}.values()
+            asked = [each for row in single if (each := _read(reader, scorer, row)) is not None]
             advance(len(window) - len(asked))
             left = len(asked)
             for place, said in scorer.score([each.tokens for each in asked]):
-                row = asked[place].taught(said)
-                if row is None:
-                    reader.left[IMPOSSIBLE] += 1
+                taught = asked[place].taught(said, file.settings["vocabulary"])
+                if isinstance(taught, str):
+                    reader.left[taught] += 1
                 else:
-                    file.append([row])
+                    file.append([taught])
+                    added += 1
                 left -= 1
                 advance(1)
             lost += left
@@ -125,25 +138,20 @@ def _teach(teacher: RecipeTeacher, rows: Path, file: TaughtFile, reporter: Repor
         reporter.warn(f"{teacher.name}: {counted(reader.left.total(), 'row')} left out: {_reasons(reader.left)}")
     if lost:
         return [f"{teacher.name}: {lost:,} of {total:,}. {scorer.why_missing}"]
-    if not len(file):
+    if not there[True] + added:
         why = _reasons(reader.left) if reader.left else "no row is of its domains"
         raise RunError(f"{teacher.name} has nothing to say of {counted(total, 'row')} of {rows}: {why}.")
     return []
 
 
-def _read(reader: Reader, scorer: Scorer, lesson: Lesson) -> Asked | None:
-    asked = reader.read(lesson)
+def _read(reader: Reader, scorer: Scorer, row: TextRow) -> Asked | None:
+    asked = reader.read(row)
     if asked is None:
         return None
     if (why := scorer.why_not(asked.tokens)) is not None:
         reader.left[why] += 1
         return None
     return asked
-
-
-def _window(wanted: Iterator[Lesson], size: int) -> list[Lesson]:
-    """Return the next rows that are wanted, each once."""
-    return list({lesson.key: lesson for lesson in islice(wanted, size)}.values())
 
 
 def _reasons(counts: Counter[str]) -> str:
@@ -159,35 +167,30 @@ def _told(teacher: RecipeTeacher, file: TaughtFile) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _file(recipe: Recipe, teacher: RecipeTeacher) -> TaughtFile:
-    tokenizer = tokenizer_of(teacher.model)
-    vocabulary = len(tokenizer)
+def _file(recipe: Recipe, teacher: RecipeTeacher, tokenizer: PreTrainedTokenizerBase) -> TaughtFile:
+    vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1)  # some ids may be no token's
     with suppress(CheckpointError):  # for a server, a folder with a tokenizer is enough
         sized = getattr(config_of(teacher.model, CAUSAL).get_text_config(), "vocab_size", 0)
         vocabulary = max(vocabulary, sized)
     local = Path(teacher.model).is_absolute()
+    served = None if teacher.server is None else teacher.served_model or teacher.model
+    if served is not None and Path(served).is_absolute():
+        served = as_from(recipe.folder, served)
     settings = {
         "teacher": as_from(recipe.folder, teacher.model) if local else teacher.model,
-        "model": _digest(Path(teacher.model)) if local and teacher.server is None else None,
-        "served": teacher.served_model or teacher.model if teacher.server is not None else None,
+        "model": identity(teacher.model, (*WEIGHTS, "config.json")) if local and teacher.server is None else None,
+        "served": served,
         "tokenizer": _tokenizer_digest(tokenizer),
         "vocabulary": vocabulary,
         "top": min(teacher.top, vocabulary),
         "system": teacher.system,
         "dtype": teacher.dtype,
     }
-    if settings["served"] and Path(settings["served"]).is_absolute():
-        settings["served"] = as_from(recipe.folder, settings["served"])
     return TaughtFile.with_settings(Folder(recipe.folder).taught(teacher.name), settings)
 
 
-def _digest(model: Path) -> str:
-    """Return a digest that changes with a model's configuration, or the sizes of its weights."""
-    digest = xxh3_128()
-    for path in sorted(path for path in model.iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
-        small = path.name in ("config.json", "training.json")
-        digest.update(path.name.encode() + (path.read_bytes() if small else str(path.stat().st_size).encode()))
-    return digest.hexdigest()
+def _weights(model: Path) -> Iterator[Path]:
+    return (path for pattern in WEIGHTS for path in model.glob(pattern))
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

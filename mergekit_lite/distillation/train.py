@@ -59,7 +59,7 @@ from mergekit_lite.distillation.training import arguments
 from mergekit_lite.distillation.training.fuse_stage import fuse_stage
 from mergekit_lite.distillation.training.model import tokenizer_of, unavailable
 from mergekit_lite.distillation.training.stage import TrainingStage, objective_of
-from mergekit_lite.distillation.training.vocabularies import has_vocabulary_of
+from mergekit_lite.distillation.training.vocabularies import can_project, has_vocabulary_of
 from mergekit_lite.errors import UsageError, counted, listing
 
 
@@ -132,19 +132,26 @@ def check(recipe: Recipe) -> None:
 
 
 def unfit_distances(recipe: Recipe) -> list[str]:
-    """Return messages about an unknown objective of fusing, or one that needs teachers of the target's vocabulary."""
+    """Return messages about an unknown objective of fusing, or one that these teachers' tokenizers are not for."""
     fuse = recipe.train.fuse
     if fuse is None:
         return []
     if fuse.objective not in DISTANCES:  # of a recipe that no file has
         return [f"train.fuse: there is no objective {fuse.objective!r}. There are: {', '.join(DISTANCES)}."]
-    if DISTANCES[fuse.objective].vocabulary != "same":
+    needed = DISTANCES[fuse.objective].vocabulary
+    if needed not in ("same", "projection"):
         return []
     student = tokenizer_of(recipe.target)
-    fit_all = [name for name, distance in DISTANCES.items() if distance.vocabulary != "same"]
-    return [
-        f"train.fuse: {fuse.objective} needs the target's own vocabulary, and {teacher.name} ({teacher.model}) has "
-        f"another one. For any vocabulary there are {', '.join(fit_all)}."
-        for teacher in recipe.teachers
-        if not has_vocabulary_of(student, tokenizer_of(teacher.model))
-    ]
+    others = [name for name, distance in DISTANCES.items() if distance.vocabulary not in ("same", needed)]
+    problems = []
+    for teacher in recipe.teachers:
+        tokenizer = tokenizer_of(teacher.model)
+        if needed == "same" and not has_vocabulary_of(student, tokenizer):
+            why = "needs the target's own vocabulary, and {} has another one"
+        elif needed == "projection" and not can_project(student, tokenizer):
+            why = "needs tokenizers of the package tokenizers, and the target's or that of {} is none"
+        else:
+            continue
+        named = why.format(f"{teacher.name} ({teacher.model})")
+        problems.append(f"train.fuse: {fuse.objective} {named}. For any vocabulary there are {', '.join(others)}.")
+    return problems

@@ -202,7 +202,11 @@ def test_what_is_no_model_is_told_in_a_sentence(tmp_path: Path, model: Path) -> 
     part = write_model(tmp_path / "part")
     weights = load_file(part / "model.safetensors")
     save_file({name: weights[name] for name in sorted(weights)[1:]}, part / "model.safetensors", {"format": "pt"})
+    damaged = tmp_path / "damaged"
+    tokenizer().save_pretrained(damaged)
+    (damaged / "tokenizer.json").write_text("[]")
     wrong = {
+        damaged: r"Can't load the model .*Expected is a folder with a tokenizer",
         tmp_path / "none": r"Can't load the model .*Expected is a folder with a tokenizer",
         tmp_path: r"Can't load the model .*It comes with code of its own, .* give the source a `server`\.",
         part: rf"is no causal language model.*\n.*no {sorted(weights)[0]}",

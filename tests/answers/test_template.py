@@ -79,6 +79,14 @@ def test_a_conversation_that_the_template_refuses(style):
         ChatTemplate(tokenizer(style)).tokens([USER, USER], "two")
 
 
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{% if %}"])
+def test_a_template_that_fails_refuses(text):
+    tok = tokenizer("chatml")
+    tok.chat_template = text
+    with pytest.raises(TemplateError, match="refuses a conversation of roles user"):
+        ChatTemplate(tok).tokens([USER], "two")
+
+
 def test_an_answer_that_ends_twice_is_refused():
     with pytest.raises(TemplateError, match="holds the token that ends turns"):
         ChatTemplate(tokenizer("chatml")).tokens([USER], "It is<|im_end|>two.")

@@ -99,6 +99,17 @@ def test_a_vocabulary_of_its_own_is_told_before_anything_is_asked(tmp_path: Path
     check(parse(content.replace("./other", "./target/."), "r.yaml", tmp_path))
 
 
+def test_a_projection_by_a_tokenizer_that_cuts_no_texts_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+    """One of Python alone, as T5's for bytes."""
+    from transformers import ByT5Tokenizer
+
+    target(tmp_path / "target")
+    ByT5Tokenizer().save_pretrained(tmp_path / "other")
+    content = SOUND.replace("cross_entropy, combine: min_ce", "p_kl").replace("org/big", "target")
+    with pytest.raises(UsageError, match=r"p_kl needs tokenizers of the package tokenizers.*other \(.*alm"):
+        check(parse(content, "r.yaml", tmp_path))
+
+
 def test_a_dry_run_tells_what_teachers_cost(tmp_path: Path) -> None:
     target(tmp_path / "target")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}?"}) for n in range(10)))

@@ -17,7 +17,7 @@ from mergekit_lite.distillation.alignment.spans import response_ends
 from mergekit_lite.distillation.alignment.spelling import spelling_of
 from mergekit_lite.distillation.alignment.texts import Response, responses_of
 from mergekit_lite.distillation.alignment.vocabulary import exact_map
-from mergekit_lite.errors import shortened
+from mergekit_lite.errors import UsageError, shortened
 
 if TYPE_CHECKING:
     from array import array
@@ -110,10 +110,14 @@ def align(model: str, other: str, texts: Path | None = None) -> AlignmentReport:
 
     Raises:
         CheckpointError: a tokenizer can't be loaded.
-        UsageError: the texts can't be read.
+        UsageError: the texts can't be read, or there are none.
     """
-    responses = list(responses_of(texts))
-    return compared((model, tokenizer_of(model, NEEDS)), (other, tokenizer_of(other, NEEDS)), responses)
+    if texts is not None and not texts.exists():  # before tokenizers are loaded
+        raise UsageError(f"There is no file {texts}.")
+    report = compared((model, tokenizer_of(model, NEEDS)), (other, tokenizer_of(other, NEEDS)), responses_of(texts))
+    if not report.texts:
+        raise UsageError(f"{texts} has no texts.")
+    return report
 
 
 Named = tuple[str, "PreTrainedTokenizerBase"]

@@ -48,19 +48,22 @@ class Columns:
     @cached_property
     def used(self) -> Tensor:
         """(n',) int64, ascending; the tokens that have an entry."""
-        return self.tokens.unique()
+        found: Tensor = torch.unique(self.tokens)
+        return found
 
     def product(self, q: Tensor) -> Tensor:
         """Return q A (R, C) of probabilities (R, n') of the tokens in ``used``."""
         if self.count == 1:  # a sum of probabilities
             return q @ self._dense.to(q.dtype)
-        return torch.sparse.mm(self._matrices[0].to(q.dtype), q.T).T
+        columns: Tensor = torch.sparse.mm(self._matrices[0].to(q.dtype), q.T)
+        return columns.T
 
     def turned_product(self, gradient: Tensor) -> Tensor:
         """Return g Aᵀ (R, n') of a gradient (R, C)."""
         if self.count == 1:
             return gradient @ self._dense.T.to(gradient.dtype)
-        return torch.sparse.mm(self._matrices[1].to(gradient.dtype), gradient.T.contiguous()).T
+        rows: Tensor = torch.sparse.mm(self._matrices[1].to(gradient.dtype), gradient.T.contiguous())
+        return rows.T
 
     @cached_property
     def _dense(self) -> Tensor:

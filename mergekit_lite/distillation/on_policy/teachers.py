@@ -141,10 +141,12 @@ class Teacher:
 
 def teachers_of(settings: Sequence[RecipeTeacher], student: ChatTemplate) -> list[Teacher]:
     """Return the teachers of a recipe, for a student with this template."""
-    return [
-        Teacher(each, ChatTemplate(tokenizer_of(each.model)), student, scorer_of(each.model_copy(update={"top": 0})))
-        for each in settings
-    ]
+    made = []
+    for each in settings:
+        tokenizer = tokenizer_of(each.model)
+        scorer = scorer_of(each.model_copy(update={"top": 0}), tokenizer)
+        made.append(Teacher(each, ChatTemplate(tokenizer), student, scorer))
+    return made
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -96,7 +96,9 @@ class RecipeTeacher(Strict):
     batch_size: Count = 8  # in process
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    top: Annotated[int, Field(ge=0)] = 128  # likeliest tokens kept of each position; 0 keeps those of the text alone
+    top: Annotated[int, Field(ge=0, le=65_535)] = (
+        128  # likeliest tokens kept of each position; 0 keeps those of the text alone
+    )
     domains: tuple[str, ...] | None = None  # teaches only responses to prompts of these; all by default
     system: str | None = None
 

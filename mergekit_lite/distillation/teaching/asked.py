@@ -18,14 +18,16 @@ from mergekit_lite.distillation.alignment.spans import response_ends
 from mergekit_lite.distillation.recipe.schema import RecipeTeacher
 from mergekit_lite.distillation.teaching.rows import TaughtRow, row_key
 from mergekit_lite.distillation.teaching.scoring import Said
-from mergekit_lite.distillation.training.rows import SftRow
+from mergekit_lite.distillation.training.rows import TaughtSftRow, malformed
 
 IMPOSSIBLE = "a token of the response is impossible (log p is −∞)"
+NO_NUMBER = "a log-probability is NaN: the teacher's weights or its dtype are to blame"
+EMPTY = "the response is empty"
 NO_PROMPT = "nothing comes before the response, so nothing predicts its first token"
 
 
-class Lesson(NamedTuple):
-    """A conversation with the response to it."""
+class TextRow(NamedTuple):
+    """A row as text: a conversation with the response to it."""
 
     key: str
     messages: tuple[Message, ...]
@@ -40,20 +42,32 @@ class Asked(NamedTuple):
     tokens: Tokens
     ends: npt.NDArray[np.int32]
 
-    def taught(self, said: Said) -> TaughtRow | None:
-        """Return the row of the file; None where a token of the response is impossible."""
+    def taught(self, said: Said, vocabulary: int) -> TaughtRow | str:
+        """Return the row of the file, or why there is none: a token's log-probability is −∞ or NaN.
+
+        Likely tokens that are none of the vocabulary's (rows of a wider head, of which a server's tokenizer knows
+        nothing) are left to the tail.
+        """
+        if np.isnan(said.log_probs).any() or np.isnan(said.top_log_probs).any():
+            return NO_NUMBER
         if not np.isfinite(said.log_probs).all():
-            return None
-        return TaughtRow(self.key, np.array(self.tokens.response, np.int32), self.ends, *said)
+            return IMPOSSIBLE
+        tokens = np.array(self.tokens.response, np.int32)
+        return TaughtRow(self.key, tokens, self.ends, said.log_probs, *_within(said, vocabulary))
 
 
-class TaughtSftRow(SftRow):
-    """A line of ``pairs/sft.jsonl`` with its domain, which says who teaches it."""
+def _within(said: Said, vocabulary: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Return the likeliest tokens and their log-probabilities, those of the vocabulary alone, −inf behind them."""
+    ids, values = said.top_ids, said.top_log_probs
+    beyond = ids >= vocabulary
+    if beyond.any():
+        order = np.argsort(beyond, axis=1, kind="stable")
+        ids = np.take_along_axis(np.where(beyond, np.int32(0), ids), order, 1)
+        values = np.take_along_axis(np.where(beyond, np.float32(-np.inf), values), order, 1)
+    return ids[:, :vocabulary], values[:, :vocabulary]
 
-    domain: str = ""
 
-
-def lessons(path: Path, teacher: RecipeTeacher, problems: list[str]) -> Iterator[Lesson]:
+def text_rows(path: Path, teacher: RecipeTeacher, problems: list[str]) -> Iterator[TextRow]:
     """Yield the rows of ``pairs/sft.jsonl`` that a teacher teaches; malformed ones become problems.
 
     Raises:
@@ -63,13 +77,12 @@ def lessons(path: Path, teacher: RecipeTeacher, problems: list[str]) -> Iterator
         try:
             row = TaughtSftRow.model_validate(line.row)
         except ValidationError as error:
-            why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-            problems.append(f"{path}:{line.number}: {why}")
+            problems.append(f"{path}:{line.number}: {malformed(error)}")
             continue
         if not teacher.teaches(row.domain):
             continue
         messages = tuple(Message(role=turn.role, content=turn.content) for turn in row.messages)
-        yield Lesson(row_key(messages, row.response, cut=row.cut), messages, row.response, row.cut)
+        yield TextRow(row_key(messages, row.response, cut=row.cut), messages, row.response, row.cut)
 
 
 @dataclass
@@ -80,15 +93,18 @@ class Reader:
     system: str | None
     left: Counter[str] = field(default_factory=Counter)
 
-    def read(self, lesson: Lesson) -> Asked | None:
+    def read(self, row: TextRow) -> Asked | None:
         """Return a row in the teacher's tokens; None where it can't be put into them."""
         try:
-            tokens = self.template.tokens(with_system(lesson.messages, self.system), lesson.response, cut=lesson.cut)
+            tokens = self.template.tokens(with_system(row.messages, self.system), row.response, cut=row.cut)
         except TemplateError as error:
             self.left[str(error)] += 1
             return None
         if not tokens.prompt:
             self.left[NO_PROMPT] += 1
             return None
-        ends = response_ends(self.template.tokenizer, tokens.response, lesson.response, reasons=self.left)
-        return None if ends is None else Asked(lesson.key, tokens, np.array(ends, np.int32))
+        if not tokens.response:
+            self.left[EMPTY] += 1
+            return None
+        ends = response_ends(self.template.tokenizer, tokens.response, row.response, reasons=self.left)
+        return None if ends is None else Asked(row.key, tokens, np.array(ends, np.int32))

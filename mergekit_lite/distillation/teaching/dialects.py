@@ -14,6 +14,7 @@ token at the begin, or has another tokenizer, nothing is taken from it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ TOKEN_ID = "token_id:"  # before the id, where vLLM sends ids in the place of te
 BLANKS = {ord("▁"): " ", ord("Ġ"): " ", ord("Ċ"): "\n"}
 OTHER_TOKENS = "its tokens are not those that were sent"
 UNSURE = "�"  # a part of a character
+DIGITS = re.compile(r"[0-9]{1,10}")
 
 
 class Absent(Exception):
@@ -199,7 +201,7 @@ class Either:
     """Asks in both ways of ``/v1/completions`` at once, to find out which one a server knows."""
 
     name = "either"
-    optional = ("prompt_logprobs", "echo", "logprobs")
+    optional: tuple[str, ...] = ("prompt_logprobs", "echo", "logprobs")
 
     def __init__(self, echo: Echo):
         self.ways: tuple[Dialect, ...] = (PromptLogprobs(), echo)
@@ -226,8 +228,14 @@ class Either:
 
 
 def _said(own: Sequence[float], best: Sequence[Sequence[tuple[float, int]]], top: int) -> Said:
-    """Return what is said of a response, given what is told of each position in any order."""
+    """Return what is said of a response, given what is told of each position in any order.
+
+    Raises:
+        Failed: it is no distribution: a token is told twice, or the sum is above 1.
+    """
     rows = [sorted(set(told), key=lambda each: -each[0])[:top] for told in best]
+    if any(len({token for _, token in row}) < len(row) for row in rows):
+        raise Failed("a likely token that it tells twice, with two values", repeat=False)
     width = max(map(len, rows), default=0)
     ids = np.zeros((len(own), width), np.int32)
     values = np.full((len(own), width), -np.inf, np.float32)
@@ -271,20 +279,19 @@ def _number(entry: Any, name: str) -> float:
 
 
 def _float(value: Any) -> float:
-    """Return a log-probability."""
-    if type(value) not in (int, float) or math.isnan(value) or value > 0.01:
+    """Return a log-probability. Raises Failed where it is none: NaN, above 0, no number."""
+    if type(value) not in (int, float) or not value <= 0.01:  # NaN is neither
         raise Failed(UNREADABLE, repeat=True)
     return -math.inf if value <= NEXT_TO_NOTHING else min(0.0, float(value))
 
 
 def _id(name: Any) -> int:
-    try:
-        number = int(name)
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < 1 << 31:
+    """Return the id of a token, which is a number or its digits. Raises Failed where it is none."""
+    if isinstance(name, str) and DIGITS.fullmatch(name):
+        name = int(name)
+    if type(name) is not int or not 0 <= name < 1 << 31:
         raise Failed(UNREADABLE, repeat=True)
-    return number
+    return name
 
 
 def _pair(told: Any) -> tuple[float, int]:

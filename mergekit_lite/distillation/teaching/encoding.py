@@ -137,8 +137,8 @@ def encode(row: TaughtRow, vocabulary: int) -> bytes:
     return b"".join(parts)
 
 
-def decode(content: bytes, key: str) -> TaughtRow:
-    """Return the row that ``encode`` wrote.
+def decode(content: bytes, key: str, *, likeliest: bool = True) -> TaughtRow:
+    """Return the row that ``encode`` wrote; without ``likeliest`` its K is 0, and a hundred times as fast.
 
     Raises:
         DecodingError: these bytes are none.
@@ -153,6 +153,11 @@ def decode(content: bytes, key: str) -> TaughtRow:
     tokens = _from_bits(reader.bits(positions, layout.id_bits), layout.id_bits)[:, 0]
     ends = np.cumsum(_from_bits(reader.bits(positions, step_bits), step_bits)[:, 0])
     log_probs = np.frombuffer(reader.take(4 * positions), "<f4")
+    if tokens.max() >= vocabulary or not (log_probs <= 0).all() or ends[-1] > np.iinfo(np.int32).max:  # NaN is neither
+        raise DecodingError("a token, its log-probability or its end is none")
+    text = tokens.astype(np.int32), ends.astype(np.int32), log_probs.astype(np.float32)
+    if not likeliest:
+        return TaughtRow(key, *text, np.empty((positions, 0), np.int32), np.empty((positions, 0), np.float32))
     counts = np.frombuffer(reader.take(2 * positions), "<u2") if ragged else None
     ids = np.empty((positions, top), np.int32)
     values = np.empty((positions, top), np.float32)
@@ -161,11 +166,9 @@ def decode(content: bytes, key: str) -> TaughtRow:
         rows = len(ids[lot])
         given = None if counts is None else counts[lot]
         ids[lot], values[lot] = _distributions_of(layout, reader.bits(rows, layout.size), given)
-    if reader.rest or tokens.max() >= vocabulary or ids.max(initial=0) >= vocabulary:
+    if reader.rest or ids.max(initial=0) >= vocabulary:
         raise DecodingError("its length or an id is wrong")
-    if not (log_probs <= 0).all() or ends[-1] > np.iinfo(np.int32).max:  # NaN is neither
-        raise DecodingError("a log-probability is none")
-    return TaughtRow(key, tokens.astype(np.int32), ends.astype(np.int32), log_probs.astype(np.float32), ids, values)
+    return TaughtRow(key, *text, ids, values)
 
 
 def _check(row: TaughtRow, vocabulary: int) -> None:

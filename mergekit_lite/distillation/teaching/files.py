@@ -8,6 +8,7 @@ embedding.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from mergekit_lite.locks import lock_file
 SETTINGS = "teacher.json"
 LOCK = ".lock"
 FORMAT = 1
+NUMBER = re.compile(r"[0-9]{5,9}")  # of a shard
 
 
 def is_taught(folder: Path) -> bool:
@@ -90,10 +92,13 @@ class TaughtFile:
         for entry in entries[np.lexsort((entries["place"], entries["shard"]))]:
             yield self._row(entry)
 
-    def get(self, key: str) -> TaughtRow | None:
-        """Return the row with a key of ``row_key``; None where there is none. Raises UnreadableError."""
+    def get(self, key: str, *, likeliest: bool = True) -> TaughtRow | None:
+        """Return the row with a key of ``row_key``; None where there is none. Raises UnreadableError.
+
+        Without ``likeliest`` it has the text's own tokens alone (its K is 0), and takes little time.
+        """
         entry = self._entry(key)
-        return None if entry is None else self._row(entry)
+        return None if entry is None else self._row(entry, likeliest)
 
     def keys(self) -> Iterator[str]:
         """Yield the keys of all rows, in no order."""
@@ -226,8 +231,8 @@ class TaughtFile:
             place += 1
         return None
 
-    def _row(self, entry: Any) -> TaughtRow:
-        return shard.row_at(self._path(int(entry["shard"])), entry)
+    def _row(self, entry: Any, likeliest: bool = True) -> TaughtRow:
+        return shard.row_at(self._path(int(entry["shard"])), entry, likeliest)
 
     def _sum(self, field: str) -> Any:
         return self._entries[field].sum(dtype=np.float64 if field == "loss" else np.int64).item() + sum(
@@ -242,7 +247,7 @@ class TaughtFile:
 
 
 def _shards(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob(f"*{shard.SUFFIX}") if path.stem.isdecimal() and path.stem.isascii())
+    return (path for path in folder.glob(f"*{shard.SUFFIX}") if NUMBER.fullmatch(path.stem))
 
 
 def _sorted(entries: Iterable[shard.Entries]) -> shard.Entries:

@@ -144,5 +144,5 @@ def said_of(model: PreTrainedModel, batch: Batch, top: int) -> list[Said]:
                 ids.append(best.indices.int())
                 values.append((best.values - total).clamp(max=0))
         lengths = batch.lengths.tolist()
-        parts = [torch.cat(each).cpu().split(lengths) for each in (chosen, ids, values)]
+        parts = [torch.split(torch.cat(each).cpu(), lengths) for each in (chosen, ids, values)]
     return [Said(*(each.numpy() for each in row)) for row in zip(*parts, strict=True)]

@@ -7,11 +7,11 @@ log-probabilities is found out by a first request (``dialects.py``).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mergekit_lite.answers.asking import Sampling, urls_of
 from mergekit_lite.answers.loading import CAUSAL, config_of
@@ -39,7 +39,7 @@ ADVICE = "Serve the model by vLLM (with --max-logprobs) or SGLang, or leave `ser
 class TokensQuestion(NamedTuple):
     """A row to score; ``key`` is its place."""
 
-    key: Hashable
+    key: int
     tokens: Tokens
     seed: int = 0
 
@@ -90,6 +90,12 @@ class ScoringServer(Server):
         super()._lose(question, failed)
 
 
+def _replies(server: ScoringServer, questions: Iterable[TokensQuestion]) -> Iterator[tuple[TokensQuestion, Said]]:
+    """Yield the questions with their replies, as these come. ``ask`` knows other questions by their types."""
+    for _, question, said in ask(cast("Any", {server: questions})):
+        yield cast("Any", question), cast("Any", said)
+
+
 @dataclass(eq=False)
 class ServedScorer:
     """A teacher behind a server."""
@@ -98,6 +104,7 @@ class ServedScorer:
     tokenizer: PreTrainedTokenizerBase
     _server: ScoringServer | None = field(default=None, init=False)
     _given: int = field(default=0, init=False)  # rows so far
+    _fewest: int = field(default=1 << 31, init=False)  # likeliest tokens that a row came with
 
     @property
     def at_once(self) -> int:
@@ -117,7 +124,9 @@ class ServedScorer:
         failures = self._server.failures
         reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
         again = [f"{counted(failures.retried.total(), 'request')} made again: {reasons}"] if reasons else []
-        return [*failures.notes, *again]
+        wanted = min(self._server.top, len(self.tokenizer))
+        fewer = [f"it tells {self._fewest:,} of the {wanted:,} likeliest tokens: the others are in the tail's mass"]
+        return [*failures.notes, *again, *(fewer if self._fewest < wanted else [])]
 
     @property
     def why_missing(self) -> str:
@@ -152,9 +161,10 @@ class ServedScorer:
             self._server = self._probed(rows[0])
         server, first = self._server, self._given
         self._given += len(rows)
-        questions = {server: (TokensQuestion(n, row) for n, row in enumerate(rows, first))}
-        for _, question, said in ask(questions):  # type: ignore[arg-type]
-            yield question.key - first, said  # type: ignore[misc]
+        questions = (TokensQuestion(n, row) for n, row in enumerate(rows, first))
+        for question, said in _replies(server, questions):
+            self._fewest = min(self._fewest, said.top_ids.shape[1])
+            yield question.key - first, said
         if server.failures.stopped:
             raise RunError(f"{self.settings.name}: {server.failures.stopped} What it said is kept.")
 
@@ -165,7 +175,7 @@ class ServedScorer:
             RunError: it knows none, or tells fewer tokens than are wanted.
         """
         short = Tokens(row.prompt[-PROBED:], row.response[:PROBED])
-        top, complaints = self.settings.top, []
+        top, complaints = self.settings.top, list[str]()
         either = Either(Echo(self._spell))
         why = self._tried(either, short, top, complaints)
         if why is None and either.found is not None and (either.found.name != "echo" or not top):
@@ -207,7 +217,7 @@ class ServedScorer:
             RunError: the server isn't there, or refuses everybody, or has other tokens.
         """
         server = self._client(dialect, top)
-        if list(ask({server: [TokensQuestion("probe", row)]})):  # type: ignore[list-item]
+        if list(_replies(server, [TokensQuestion(0, row)])):
             return None
         why = server.failures.stopped or next(iter(server.failures.lost.values()), "no reply")
         failed = server.failed

@@ -100,8 +100,8 @@ def load(path: Path, head: bytes) -> Scan:
         return Scan(entries, min(end, size), size)
 
 
-def row_at(path: Path, entry: Any) -> TaughtRow:
-    """Read the row of an entry.
+def row_at(path: Path, entry: Any, likeliest: bool = True) -> TaughtRow:
+    """Read the row of an entry, with the ``likeliest`` tokens or without.
 
     Raises:
         UnreadableError: it can't be read, or isn't what was written.
@@ -116,7 +116,7 @@ def row_at(path: Path, entry: Any) -> TaughtRow:
     if len(record) < length or xxh3_64_digest(record[:-DIGEST]) != record[-DIGEST:]:
         raise UnreadableError(path, f"is damaged at byte {int(entry['place']):,}: delete it, and teach again")
     try:
-        row = decode(record[RECORD.size : -DIGEST], key_of(entry))
+        row = decode(record[RECORD.size : -DIGEST], key_of(entry), likeliest=likeliest)
     except DecodingError as error:
         raise UnreadableError(path, f"has a row at byte {int(entry['place']):,} that is none: {error}") from error
     return row

@@ -180,4 +180,4 @@ def _union(tokens: Tensor, lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor
     slots = new.cumsum(1) - 1
     union = torch.full_like(ids, -1).scatter(1, slots, ids)
     places = torch.empty_like(ids).scatter(1, order, slots).where(every >= 0, -1)
-    return union, list(places.split([1, *(each.shape[1] for each in lists)], 1))
+    return union, list(torch.split(places, [1, *(each.shape[1] for each in lists)], 1))

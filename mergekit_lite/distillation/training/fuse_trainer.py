@@ -69,7 +69,7 @@ class FuseTrainer(ResponseTrainer):
         return inputs
 
     def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> Any:
-        tokens = super()._get_num_items_in_batch(batch_samples, device)
+        tokens: Any = super()._get_num_items_in_batch(batch_samples, device)
         groups = torch.stack([each["groups"] for each in batch_samples]).sum().to(device)
         if self.args.world_size > 1:
             groups = self.accelerator.gather(groups[None]).sum()
@@ -86,7 +86,8 @@ class FuseTrainer(ResponseTrainer):
         loss: Tensor = -total / counts.tokens * processes
         if distance is None:
             return loss
-        return self.clm * loss + (1 - self.clm) * (distance / counts.groups.clamp(min=1e-9) * processes)
+        fused: Tensor = self.clm * loss + (1 - self.clm) * (distance / counts.groups.clamp(min=1e-9) * processes)
+        return fused
 
     def _sums(self, model: Module, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """Return Σ log π(y | x) and Σ w · d of these rows, and add their figures to the means."""

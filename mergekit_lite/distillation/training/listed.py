@@ -106,4 +106,4 @@ def _probs(logits: Tensor, columns: Columns, log_z: Tensor) -> Tensor:
 
 def _sums(values: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Return the sums (R,) of columns that lie side by side."""
-    return [each.sum(1) for each in values.split(list(counts), 1)] if counts else []
+    return [each.sum(1) for each in torch.split(values, list(counts), 1)] if counts else []

@@ -75,7 +75,7 @@ def trained_model(
     make_savable(model.generation_config)
     set_layout(model, training)
     if distances is not None:
-        model.distances = distances
+        setattr(model, "distances", distances)  # noqa: B010  # no attribute of a module that types know
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return model

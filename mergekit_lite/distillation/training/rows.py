@@ -45,6 +45,12 @@ class SftRow(BaseModel):
     cut: bool = False
 
 
+class TaughtSftRow(SftRow):
+    """A line of ``pairs/sft.jsonl`` with its domain, which says who teaches it."""
+
+    domain: str = ""
+
+
 class PreferenceRow(BaseModel):
     """A line of ``pairs/preference.jsonl``."""
 
@@ -233,6 +239,11 @@ def messages_of(turns: Sequence[Turn]) -> list[Message]:
     return [Message(role=turn.role, content=turn.content) for turn in turns]
 
 
+def malformed(error: ValidationError) -> str:
+    """Return what is wrong with a row, key by key, in one line."""
+    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+
+
 def read(path: Path, tokenise: Tokeniser, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
     """Return the rows of a file as tokens. What ``tokenise`` refuses by a TemplateError is left out and counted.
 
@@ -244,8 +255,7 @@ def read(path: Path, tokenise: Tokeniser, template: ChatTemplate, limits: Length
         try:
             unfitted = tokenise(line.row)
         except ValidationError as error:
-            why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-            tokens.problems.append(f"{path}:{line.number}: {why}")
+            tokens.problems.append(f"{path}:{line.number}: {malformed(error)}")
         except TemplateError as error:
             tokens.problems.append(f"{path}:{line.number}: {error}")
             tokens.counts["refused"] += 1

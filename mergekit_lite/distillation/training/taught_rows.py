@@ -28,7 +28,7 @@ from mergekit_lite.distillation.teaching.rows import TaughtRow, row_key
 from mergekit_lite.distillation.training.rows import (
     Lesson,
     Part,
-    SftRow,
+    TaughtSftRow,
     TokenRows,
     TrainingRow,
     UnfittedRow,
@@ -45,12 +45,6 @@ class TaughtBy(NamedTuple):
 
     teacher: RecipeTeacher
     file: TaughtFile
-
-
-class TaughtSftRow(SftRow):
-    """A line of ``pairs/sft.jsonl`` with the domain, which says who teaches it."""
-
-    domain: str = ""
 
 
 def taught_rows(
@@ -104,7 +98,7 @@ def _taught(
     there: list[tuple[int, TaughtRow]] = []
     for number, (teacher, file) in enumerate(teachers):
         if teacher.teaches(lesson.domain):
-            said = file.get(lesson.key)
+            said = file.get(lesson.key, likeliest=False)
             if said is None:
                 lacking[teacher.name] += 1
             else:

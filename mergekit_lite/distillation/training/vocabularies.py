@@ -24,6 +24,11 @@ def has_vocabulary_of(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
     return all(own.get(token) == number for token, number in teacher.get_vocab().items())
 
 
+def can_project(*tokenizers: PreTrainedTokenizerBase) -> bool:
+    """Whether ``projection`` can cut texts by all of these: it needs the package tokenizers."""
+    return all(getattr(each, "backend_tokenizer", None) is not None for each in tokenizers)
+
+
 def vocabulary_of(
     distance: Distance,
     student: PreTrainedTokenizerBase,

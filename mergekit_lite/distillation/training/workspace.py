@@ -19,6 +19,7 @@ SETTINGS = "training.json"
 LOG = "log.jsonl"
 TENSORBOARD = "runs"
 _ABSENT = object()
+WEIGHTS = ("*.safetensors", "*.bin")  # files of a model's folder
 WINDOWS, WINDOW = 16, 1 << 16  # parts of a file that its identity reads, and their bytes
 
 
@@ -135,7 +136,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def identity(model: str, patterns: Sequence[str] = ("*.safetensors", "*.bin")) -> str:
+def identity(model: str, patterns: Sequence[str] = WEIGHTS) -> str:
     """Return a digest that changes with a folder's weights, from sizes and samples of its files.
 
     A name on the hub is returned as it is. Other ``patterns`` are of other files.

@@ -94,4 +94,7 @@ def test_texts_come_in_paragraphs_or_rows_and_errors_are_told(tmp_path: Path) ->
     assert "bad.jsonl:2" in str(error.value) and "bad.jsonl:3" in str(error.value)
     missing = CliRunner().invoke(main, ["tokenizer", "align", *saved(tmp_path), str(tmp_path / "none.txt")])
     assert missing.exit_code == 2 and "none.txt" in missing.output
+    (tmp_path / "empty.jsonl").write_text("\n")
+    empty = CliRunner().invoke(main, ["tokenizer", "align", *saved(tmp_path), str(tmp_path / "empty.jsonl")])
+    assert empty.exit_code == 2 and "empty.jsonl has no texts" in empty.output
     assert CliRunner().invoke(main, ["tokenizer", "align", str(tmp_path), str(tmp_path)]).exit_code == 1

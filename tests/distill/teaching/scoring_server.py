@@ -25,6 +25,7 @@ class Scoring:
     way: str  # vllm, sglang, echo, echo of text, llama.cpp, nothing
     mood: Callable[[int], str | int | None] = lambda request: None  # drop, garbage, or a status
     most: int = 20  # likeliest tokens
+    caps: int | None = None  # tells no more likely tokens than these, whatever is asked
     adds: tuple[int, ...] = ()  # tokens that it puts before all others
     shift: int = 0  # added to each id that it tells
     url: str = ""
@@ -60,7 +61,7 @@ class Scoring:
         ids = [*self.adds, *body["prompt"]]
         told: list[dict[str, Any] | None] = [None]
         for token, values in zip(ids[1:], self.log_probs(ids), strict=True):
-            best = values.topk(top).indices.tolist()
+            best = values.topk(min(top, self.caps or top)).indices.tolist()
             names = dict.fromkeys([token, *best])
             told.append({str(n + self.shift): {"logprob": values[n].item(), "decoded_token": "?"} for n in names})
         return 200, {"choices": [{"text": "x", "prompt_logprobs": told, "logprobs": None}]}

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,9 @@ def test_rows_are_found_by_their_keys(tmp_path: Path) -> None:
         assert row.key in file
         found = file.get(row.key)
         assert found is not None and same(found, row)
+        alone = file.get(row.key, likeliest=False)
+        assert alone is not None and alone.top_ids.shape == alone.top_log_probs.shape == (len(row.tokens), 0)
+        assert same(alone, replace(row, top_ids=alone.top_ids, top_log_probs=alone.top_log_probs))
     assert file.get("0" * 32) is None and file.get("no key") is None
     assert [row.key for row in file] == [row.key for row in ROWS]
     assert file.tokens == sum(len(row.tokens) for row in ROWS)

@@ -206,7 +206,38 @@ def test_impossible_tokens_and_odd_numbers() -> None:
     said = PromptLogprobs().said({"choices": [{"prompt_logprobs": told}]}, row, 2)
     assert np.isneginf(said.log_probs[0]) and said.log_probs[1] == -0.5
     assert said.top_ids[0, 0] == 5
-    for odd in (float("nan"), "x", None, 0.5, True):
+    for odd in (float("nan"), "x", None, 0.5, True, 10**400):
         told[2] = {"3": {"logprob": odd}}
         with pytest.raises(Failed):
             PromptLogprobs().said({"choices": [{"prompt_logprobs": told}]}, row, 2)
+
+
+@pytest.mark.parametrize(
+    ("likely", "said"),
+    [
+        ([[-1.0, 5, None], [-2.0, 5, None]], "tells twice"),
+        ([[-0.1, 5, None], [-0.1, 6, None]], "in sum"),
+        ([[-1.0, 5.7, None]], "can't be read"),
+        ([[-1.0, True, None]], "can't be read"),
+        ([[-1.0, "1_0", None]], "can't be read"),
+        ([[-1.0, -5, None]], "can't be read"),
+        ([[-(10**400), 5, None], [10**400, 6, None]], "can't be read"),
+        ([[-1.0]], "can't be read"),
+        (None, "can't be read"),
+    ],
+)
+def test_what_is_no_distribution_is_no_reply(likely: Any, said: str) -> None:
+    from mergekit_lite.answers.replies import Failed
+    from mergekit_lite.distillation.teaching.dialects import Generate
+
+    told = {"input_token_logprobs": [[None, 1, None], [-0.5, 2, None]], "input_top_logprobs": [None, likely]}
+    with pytest.raises(Failed, match=said):
+        Generate().said({"meta_info": told}, Tokens((1,), (2,)), 4)
+
+
+def test_a_server_that_tells_fewer_likely_tokens_than_asked_is_told() -> None:
+    with scoring_server(Scoring(MODEL, TOKENIZER, "vllm", caps=5)) as fake:
+        scorer = ServedScorer(settings(server=fake.url), TOKENIZER)
+        found = dict(scorer.score(rows(3)))
+    assert {said.top_ids.shape[1] for said in found.values()} <= {5, 6}  # the token itself is told, too
+    assert any("of the 12 likeliest tokens" in note for note in scorer.notes)

@@ -17,12 +17,14 @@ import pytest
 from mergekit_lite.answers import server
 from mergekit_lite.answers.loading import tokenizer_of
 from mergekit_lite.answers.rows import write_rows
-from mergekit_lite.answers.template import ChatTemplate
+from mergekit_lite.answers.template import ChatTemplate, Tokens
 from mergekit_lite.distillation.teach import teach
 from mergekit_lite.distillation.teaching import shard
-from mergekit_lite.distillation.teaching.encoding import encode
+from mergekit_lite.distillation.teaching.asked import Asked
+from mergekit_lite.distillation.teaching.encoding import decode, encode
 from mergekit_lite.distillation.teaching.files import TaughtFile
 from mergekit_lite.distillation.teaching.rows import TaughtRow, row_key
+from mergekit_lite.distillation.teaching.scoring import Said
 from mergekit_lite.errors import RunError, UsageError
 from tests.causal import causal_model
 from tests.distill.recipes import recipe, write_recipe
@@ -159,10 +161,21 @@ def test_a_model_or_tokenizer_that_changed_is_refused(place: Path) -> None:
         taught(place)
 
 
+def test_weights_that_changed_alone_are_refused(place: Path) -> None:
+    """A model trained on has files of the same sizes."""
+    taught(place)
+    causal_model(seed=1).save_pretrained(place / "strong")
+    with pytest.raises(UsageError, match="model: was"):
+        taught(place)
+
+
 def test_all_problems_at_once(place: Path) -> None:
     (place / "empty").mkdir()
+    TOKENIZER.save_pretrained(place / "bare")
+    MODEL.config.save_pretrained(place / "bare")
     with pytest.raises(UsageError) as refused:
-        taught(place, strong(model="./nowhere"), strong(name="b", model="./empty"))
+        taught(place, strong(model="./nowhere"), strong(name="b", model="./empty"), strong(name="c", model="./bare"))
+    assert "c: " in str(refused.value) and "bare has no weights" in str(refused.value)
     assert "nowhere is no folder" in str(refused.value) and "b: Can't load the model" in str(refused.value)
     assert not (place / "out" / "teach").exists()
 
@@ -178,6 +191,34 @@ def test_rows_that_can_not_be_taught_are_told(place: Path) -> None:
     assert "longer than the 2,048 tokens" in heard
     assert "sft.jsonl:6" in heard
     assert len(TaughtFile(place / "out" / "teach" / "strong")) == 9
+
+
+def test_an_empty_response_is_told(place: Path) -> None:
+    """A text without a template is nothing where it was cut before its first token."""
+    plain = tokenizer_of(str(place / "strong"))
+    plain.chat_template = None
+    plain.save_pretrained(place / "strong")
+    (place / "strong" / "chat_template.jinja").unlink(missing_ok=True)
+    rows = sft_rows(3)
+    rows[1] |= {"response": "", "cut": True}
+    write_rows(place / "out" / "pairs" / "sft.jsonl", rows)
+    assert "1 row left out: the response is empty" in "\n".join(taught(place).lines)
+
+
+def test_likely_tokens_beyond_the_vocabulary_are_left_to_the_tail() -> None:
+    """A server's head may be wider than its tokenizer, and that is all there is here."""
+    asked = Asked("0" * 32, Tokens((1,), (2, 3)), np.array([1, 2], np.int32))
+    values = np.log(np.array([[0.5, 0.25, 0.125], [0.5, 0.25, 0.125]], np.float32))
+    ids = np.array([[2, 900, 1], [4, 3, 0]], np.int32)
+    row = asked.taught(Said(np.array([-0.7, -1.4], np.float32), ids, values), 5)
+    assert isinstance(row, TaughtRow)
+    assert row.top_ids.tolist() == [[2, 1, 0], [4, 3, 0]]
+    assert np.exp(row.top_log_probs).tolist() == [[0.5, 0.125, 0], [0.5, 0.25, 0.125]]
+    assert np.exp(decode(encode(row, 5), row.key).top_log_probs).sum(1) == pytest.approx([0.625, 0.875], abs=1e-3)
+    for value, why in ((np.nan, "is NaN"), (-np.inf, "is impossible")):
+        assert why in str(asked.taught(Said(np.array([-0.7, value], np.float32), ids, values), 5))
+    narrow = asked.taught(Said(np.array([-0.7, -1.4], np.float32), ids % 4, values), 2)
+    assert isinstance(narrow, TaughtRow) and narrow.top_ids.shape == (2, 2)
 
 
 def test_nothing_to_teach(place: Path) -> None:
