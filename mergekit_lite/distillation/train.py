@@ -132,13 +132,22 @@ def check(recipe: Recipe) -> None:
 
 
 def unfit_distances(recipe: Recipe) -> list[str]:
-    """Return messages about an unknown objective of fusing, or one that needs teachers of the target's vocabulary."""
+    """Return messages about an unknown objective of fusing, or one that can't take the tokenizers that there are."""
     fuse = recipe.train.fuse
     if fuse is None:
         return []
     if fuse.objective not in DISTANCES:  # of a recipe that no file has
         return [f"train.fuse: there is no objective {fuse.objective!r}. There are: {', '.join(DISTANCES)}."]
-    if DISTANCES[fuse.objective].vocabulary != "same":
+    needed = DISTANCES[fuse.objective].vocabulary
+    if needed == "projection":
+        models = dict.fromkeys([recipe.target, *(teacher.model for teacher in recipe.teachers)])
+        return [
+            f"train.fuse: {fuse.objective} cuts tokens by both tokenizers, and that of {name} isn't of the package "
+            "tokenizers: it has no tokenizer.json that fits. Use another objective."
+            for name in models
+            if getattr(tokenizer_of(name), "backend_tokenizer", None) is None
+        ]
+    if needed != "same":
         return []
     student = tokenizer_of(recipe.target)
     fit_all = [name for name, distance in DISTANCES.items() if distance.vocabulary != "same"]

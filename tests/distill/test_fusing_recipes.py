@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -99,6 +100,18 @@ def test_a_vocabulary_of_its_own_is_told_before_anything_is_asked(tmp_path: Path
     check(parse(content.replace("./other", "./target/."), "r.yaml", tmp_path))
 
 
+def test_a_projection_needs_tokenizers_that_cut_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in Python alone are told before anything is asked."""
+    kinds = {str(tmp_path / "target"): SimpleNamespace(backend_tokenizer=object())}
+    monkeypatch.setattr(
+        "mergekit_lite.distillation.train.tokenizer_of", lambda name: kinds.get(name, SimpleNamespace())
+    )
+    with pytest.raises(UsageError) as caught:
+        check(parse(SOUND.replace("cross_entropy", "p_kl"), "r.yaml", tmp_path))
+    told = str(caught.value)
+    assert "2 problems" in told and "that of org/big isn't of the package tokenizers" in told and "other" in told
+
+
 def test_a_dry_run_tells_what_teachers_cost(tmp_path: Path) -> None:
     target(tmp_path / "target")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}?"}) for n in range(10)))
@@ -120,6 +133,13 @@ def test_a_dry_run_tells_what_teachers_cost(tmp_path: Path) -> None:
     assert 0 < pivot["bytes"] < big["bytes"] <= 10 * 400 * 300
     assert big["exaflops"] is None and pivot["exaflops"] > 0
     assert plan["training"] == [{"stage": "fuse", "rows": 10, "steps": 5}]
+    fuse = train["fuse"] | {"pairwise": {}}
+    more = {"name": "more", "model": "org/more", "server": "http://localhost:2/v1"}
+    path = write_recipe(tmp_path, teachers=[*teachers[:2], more], train={"fuse": fuse}, pairs=pairs)
+    result = CliRunner().invoke(main, ["distill", "run", str(path), "--dry-run", "--json"])
+    students = [{"stage": f"fuse-{name}", "rows": 10, "steps": 5} for name in ("big", "more")]
+    assert json.loads(result.output)["training"] == students
+    path = write_recipe(tmp_path, teachers=teachers[:2], train=train, pairs=pairs)
     shown = CliRunner().invoke(main, ["distill", "run", str(path), "--dry-run"])
     assert "at 400 tokens a response" in shown.output and "EFLOP" in shown.output
     wrong = write_recipe(tmp_path, teachers=teachers, train=train, pairs=pairs)
