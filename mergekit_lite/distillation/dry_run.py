@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,16 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.on_policy.rounds import planned
 from mergekit_lite.distillation.pairing.assign import floor_share
 from mergekit_lite.distillation.pairing.counts import counts_of
-from mergekit_lite.distillation.recipe.schema import TARGET, OnPolicy, Recipe, RecipeSource, RecipeTeacher, Training
+from mergekit_lite.distillation.recipe.fusing import pivots
+from mergekit_lite.distillation.recipe.schema import (
+    TARGET,
+    Fuse,
+    OnPolicy,
+    Recipe,
+    RecipeSource,
+    RecipeTeacher,
+    Training,
+)
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 from mergekit_lite.distillation.teaching.encoding import Layout
 from mergekit_lite.distillation.teaching.files import TaughtFile, is_taught
@@ -103,12 +112,16 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
     else:
         sft = _given(recipe.rows.sft, left_out)
         preference = sum(_given(recipe.rows.preference, left_out).values())
-    rows = {"sft": sum(sft.values()), "fuse": sum(sft.values()), "preference": preference}
+    rows = {"sft": sum(sft.values()), "preference": preference}
     asked = len(prompts) or sum(sft.values()) + preference
-    training = [
-        _rounds(settings, asked) if isinstance(settings, OnPolicy) else _steps(stage, settings, rows[stage])
-        for stage, settings in recipe.train.stages.items()
-    ]
+    training: list[TrainingSteps] = []
+    for stage, settings in recipe.train.stages.items():
+        if isinstance(settings, OnPolicy):
+            training.append(_rounds(settings, asked))
+        elif isinstance(settings, Fuse):
+            training += _fusing(recipe, settings, sft)
+        else:
+            training.append(_steps(stage, settings, rows[stage]))
     teachers = tuple(_teacher(recipe, teacher, sft) for teacher in recipe.teachers) if recipe.train.fuse else ()
     scorers = tuple(scorer.name for scorer in recipe.scorers)
     missing = tuple(missing_models(recipe, and_target=True))
@@ -164,6 +177,17 @@ def _steps(stage: str, training: Training, rows: int) -> TrainingSteps:
     held = training.eval if training.eval >= 1 else math.floor(training.eval * rows + 1e-9)
     trained = max(0, rows - int(held))
     return TrainingSteps(stage, trained, math.floor(training.epochs * trained + 1e-9) // training.batch_size)
+
+
+def _fusing(recipe: Recipe, fuse: Fuse, by_domain: Mapping[str, int]) -> Iterator[TrainingSteps]:
+    """Yield the training of the student, or with ``pairwise`` of each, on the rows that its teachers teach."""
+    students = {"fuse": list(recipe.teachers)}
+    if fuse.pairwise is not None:
+        pivot = pivots(recipe)
+        students = {f"fuse-{each.name}": [*pivot, each] for each in recipe.teachers if each not in pivot}
+    for name, teachers in students.items():
+        taught = [number for domain, number in by_domain.items() if any(each.teaches(domain) for each in teachers)]
+        yield _steps(name, fuse, sum(taught))
 
 
 def _rounds(training: OnPolicy, prompts: int) -> TrainingSteps:

@@ -132,14 +132,21 @@ def test_a_small_tail_keeps_its_digits():
     torch.testing.assert_close(found.double(), expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", DISTANCES)
-def test_models_in_bfloat16(name):
-    """What is summed is in float32: losses differ from those of float32 logits by the logits' own rounding."""
-    distance, model = DISTANCES[name], causal_model(vocabulary=VOCABULARY).bfloat16()
+def test_models_in_bfloat16(name, autocast):
+    """What is summed is in float32: losses differ from those of float32 logits by the logits' own rounding.
+
+    Trainings in 16 bits have weights in float32 and autocast, which would have products in 16 bits.
+    """
+    distance, model = DISTANCES[name], causal_model(vocabulary=VOCABULARY)
+    model = model if autocast else model.bfloat16()
     targets, vocabularies = two_teachers(name)
     batch = padded(batch_of(len(targets[0].student_groups)))
-    found = distance_losses(model, batch, targets, distance, distance.defaults, vocabularies)
-    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.states]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = distance_losses(model, batch, targets, distance, distance.defaults, vocabularies)
+        logits = model(**batch.inputs).logits.flatten(0, 1)[batch.states]
+    assert logits.dtype is torch.bfloat16
     for losses, each, vocabulary in zip(found[1], targets, vocabularies, strict=True):
         assert losses.dtype is torch.float32
         torch.testing.assert_close(
@@ -147,6 +154,13 @@ def test_models_in_bfloat16(name):
         )
     sum(each.mean() for each in found[1]).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_logit_that_is_no_number_is_not_hidden():
+    """It is of no token that a teacher lists: it shows in the mass of the others, and so in all."""
+    logits = torch.zeros(1, 20).index_fill(1, torch.tensor([7]), torch.nan)
+    log_probs, (student,) = _answered([Ask(torch.arange(3)[None])], logits, torch.tensor([0]), Shape(1.0, None))
+    assert log_probs.isnan().all() and student.at.isnan().all() and student.rest.isnan().all()
 
 
 def test_packed_rows_are_the_same():

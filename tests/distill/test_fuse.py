@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (("pivot", "target"), ("other", "other"), ("second", "second")):
         write_taught(folder, name, said(folder / model, folder / "pairs" / "sft.jsonl", 400))
     write_taught(folder, "nobody", [])
+    there = said(folder / "other", folder / "pairs" / "sft.jsonl", 400)
+    write_taught(folder, "far", [replace(row, top_ids=row.top_ids + FAR) for row in there], FAR + 320)
     return folder
 
 
-def write_taught(folder: Path, name: str, rows: list[TaughtRow]) -> None:
-    settings = {"teacher": name, "vocabulary": 340, "top": 400}
+FAR = 1000  # first id of tokens that neither the student's head nor any tokenizer has
+
+
+def write_taught(folder: Path, name: str, rows: list[TaughtRow], vocabulary: int = 340) -> None:
+    settings = {"teacher": name, "vocabulary": vocabulary, "top": 400}
     with TaughtFile.with_settings(folder / "teach" / name, settings) as file:
         file.append(rows)
 
 
 def teachers(place: Path, *names: str) -> list[RecipeTeacher]:
-    return [RecipeTeacher(name=name, model=str(place / {"pivot": "target"}.get(name, name))) for name in names]
+    models = {"pivot": "target", "far": "other"}
+    return [RecipeTeacher(name=name, model=str(place / models.get(name, name))) for name in names]
 
 
 def fused(place: Path, out: Path, names: tuple[str, ...] = ("other",), rows: Path | None = None, **keys: Any) -> Path:
@@ -143,6 +150,32 @@ def test_objectives_have_the_vocabularies_that_they_need(
     """Also where a head has more rows than the tokenizer has tokens, as the target's has."""
     (row,) = log(fused(place, tmp_path, objective=objective, batch_size=12, **keys))
     assert row["distance"] > 0 and math.isfinite(row["loss"]) and row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("objective", ["p_kl", "gold"])
+def test_in_16_bits(place: Path, tmp_path: Path, objective: str) -> None:
+    """The default: the model's own computation is rounded, sums of probabilities are not."""
+    full, half = (
+        log(fused(place, tmp_path / dtype, objective=objective, batch_size=12, dtype=dtype))[0]["distance"]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half == pytest.approx(full, rel=5e-3) and half != full
+
+
+def test_sorted_probabilities_ask_not_which_token_is_which(place: Path, tmp_path: Path) -> None:
+    """Teachers' ids may be beyond the student's: it is not their padding that is compared."""
+    here, there = (
+        log(fused(place, tmp_path / name, (name,), objective="uld", batch_size=12))[0] for name in ("other", "far")
+    )
+    assert there["distance/far"] == here["distance/other"] > 0.1
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_one_hot_targets_alone_are_sft(place: Path, tmp_path: Path, packing: bool) -> None:
+    """FuseLLM's mean is over tokens: where no token matches, its part of the loss is SFT's, however groups are."""
+    keys = {"options": {"fallback": "one_hot"}, "batch_size": 12, "per_device_batch_size": 5, "packing": packing}
+    (row,) = log(fused(place, tmp_path, ("far",), objective="cross_entropy", **keys))
+    assert row["grouped"] == 1.0 and row["distance"] == pytest.approx(row["clm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("combine", ["sum", "min_ce", "avg_ce"])

@@ -131,6 +131,13 @@ def test_a_dry_run_tells_what_teachers_cost(tmp_path: Path) -> None:
     assert 0 < pivot["bytes"] < big["bytes"] <= 10 * 400 * 300
     assert big["exaflops"] is None and pivot["exaflops"] > 0
     assert plan["training"] == [{"stage": "fuse", "rows": 10, "steps": 5}]
+    fuse = train["fuse"] | {"pairwise": {}}
+    more = {"name": "more", "model": "org/more", "server": "http://localhost:2/v1"}
+    path = write_recipe(tmp_path, teachers=[*teachers[:2], more], train={"fuse": fuse}, pairs=pairs)
+    result = CliRunner().invoke(main, ["distill", "run", str(path), "--dry-run", "--json"])
+    students = [{"stage": f"fuse-{name}", "rows": 10, "steps": 5} for name in ("big", "more")]
+    assert json.loads(result.output)["training"] == students
+    path = write_recipe(tmp_path, teachers=teachers[:2], train=train, pairs=pairs)
     shown = CliRunner().invoke(main, ["distill", "run", str(path), "--dry-run"])
     assert "at 400 tokens a response" in shown.output and "EFLOP" in shown.output
     wrong = write_recipe(tmp_path, teachers=teachers, train=train, pairs=pairs)

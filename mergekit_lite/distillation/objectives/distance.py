@@ -8,7 +8,8 @@ chunk by chunk, by one pass over the logits.
 p(v) is the teacher's distribution, q(v) the student's, both at positions where they have read the same bytes. A group
 holds the student's tokens r₁ … r_n and the teacher's t₁ … t_m of the same bytes; both distributions at r₁ and t₁ are of
 what follows the same text, so distances that compare distributions compare those, or chains of them that say so. The
-loss of a group without anything to compare is 0. The published losses are means over the groups.
+loss of a group without anything to compare is 0. The published losses are means over the groups; FuseLLM's is
+one over the student's tokens (``by_token``).
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ class Distance:
     # student's number of tokens, and the options.
     prepare: Callable[..., Any] | None = None
     width: Callable[[Any], int] = lambda _: 0  # of that, the numbers at once of each position beside its logits
+    # Of the options: whether a group counts in the mean as often as it has tokens of the student, instead of once.
+    by_token: Callable[[Mapping[str, Any]], bool] = lambda _: False
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ Combine = Literal["sum", "min_ce", "avg_ce"]
     "FuseLLM, 2401.10491; FuseChat, 2408.07990",
     "FuseLLM and FuseChat as they were; vocabularies that share most tokens",
     "map",
+    by_token=lambda options: options["fallback"] == "one_hot",
 )
 def cross_entropy(
     targets: Targets,
@@ -44,7 +45,8 @@ def cross_entropy(
         temperature: of the teacher's distribution.
         fallback: what other positions are, and those where the student has none of the listed tokens: left out, or as
             in FuseChat −log q of the student's next token (FuseLLM has the one that it has just read). With ``one_hot``
-            the loss of a group is the mean over all of its positions.
+            the loss of a group is the mean over all of its positions, and the group counts as often as it has such:
+            so the loss of a batch is the mean over its positions, as published.
     """
     rows = first_rows(targets, vocabulary, top)
     student = yield rows.ask(len(targets.student_groups))

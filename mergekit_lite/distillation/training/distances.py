@@ -67,9 +67,12 @@ def distance_losses(
     parts = list(_parts(targets, len(tokens), max(1, logprobs.LOGITS_AT_ONCE // width)))
 
     def run(states: Tensor, tokens: Tensor, targets: Sequence[Targets]) -> tuple[Tensor, ...]:
-        steps = [distance.function(each, known, **options) for each, known in zip(targets, prepared, strict=True)]
-        log_probs, students = _answered([next(each) for each in steps], head(states), tokens, shape)
-        return (log_probs, *(finish(*both).float() for both in zip(steps, students, strict=True)))
+        output = head(states)
+        # What follows is in float32. Autocast would have its products in 16 bits, which sparse ones don't exist in.
+        with torch.autocast(output.device.type, enabled=False):
+            steps = [distance.function(each, known, **options) for each, known in zip(targets, prepared, strict=True)]
+            log_probs, students = _answered([next(each) for each in steps], output, tokens, shape)
+            return (log_probs, *(finish(*both).float() for both in zip(steps, students, strict=True)))
 
     found = []
     for part in parts:

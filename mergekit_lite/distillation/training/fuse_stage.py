@@ -27,7 +27,7 @@ from mergekit_lite.distillation.training.rows import TokenRows
 from mergekit_lite.distillation.training.soundness import check_sound
 from mergekit_lite.distillation.training.stage import TrainingStage, wait_for_everyone
 from mergekit_lite.distillation.training.taught_rows import TaughtBy, taught_rows
-from mergekit_lite.distillation.training.vocabularies import vocabulary_of, within
+from mergekit_lite.distillation.training.vocabularies import as_students, ends_of_turn, vocabulary_of
 from mergekit_lite.distillation.training.workspace import identity
 from mergekit_lite.errors import counted
 from mergekit_lite.merging import merge
@@ -51,7 +51,7 @@ class FuseStage(TrainingStage):
     def own_settings(self) -> dict[str, Any]:
         """Return the objective's options, all of them, and what teachers taught."""
         said = {each.name: identity(str(self.taught / each.name), SHARDS) for each in self.teachers}
-        return {"options": self._distance.options(self.training.options, []), "pairwise": None, "taught": said}
+        return {"options": self._options, "pairwise": None, "taught": said}
 
     def rows(self) -> TokenRows:
         """Return the rows that teachers teach.
@@ -60,7 +60,8 @@ class FuseStage(TrainingStage):
             UsageError: there is none.
         """
         template = ChatTemplate(tokenizer_of(self.start))
-        return taught_rows(self.rows_path, template, self.limits, self._said, self.training.combine)
+        by_token = self._distance.by_token(self._options)
+        return taught_rows(self.rows_path, template, self.limits, self._said, self.training.combine, by_token)
 
     def new_trainer(self, args: TrainingArguments, rows: OrderedRows) -> ResponseTrainer:
         """Load the model, and return what trains it on rows in their order."""
@@ -71,19 +72,20 @@ class FuseStage(TrainingStage):
 
     def _distances(self) -> Distances:
         """Return the function that computes the distances to those teachers that have a say in a batch."""
-        distance, options = self._distance, self._distance.options(self.training.options, [])
+        distance, options = self._distance, self._options
         student, how = tokenizer_of(self.start), self.training.vocabulary
         width = int(config_of(self.start, CAUSAL, OWN_CODE).get_text_config().vocab_size)
-        vocabularies = []
+        vocabularies, ends = [], []
         for teacher, file in self._said:
-            rows = (width, int(file.settings["vocabulary"]))
-            vocabularies.append(vocabulary_of(distance, student, tokenizer_of(teacher.model), how, rows))
+            rows, tokenizer = (width, int(file.settings["vocabulary"])), tokenizer_of(teacher.model)
+            vocabularies.append(vocabulary_of(distance, student, tokenizer, how, rows))
+            ends.append(ends_of_turn(student, tokenizer))
 
         def compute(model: Any, batch: Any, taught: Sequence[tuple[int, Targets]]) -> tuple[Tensor, list[Tensor]]:
             known = [vocabularies[teacher] for teacher, _ in taught]
             targets = [
-                within(said, width) if vocabulary is None else said
-                for (_, said), vocabulary in zip(taught, known, strict=True)
+                as_students(said, distance, vocabulary, width, ends[teacher])
+                for (teacher, said), vocabulary in zip(taught, known, strict=True)
             ]
             return distance_losses(model, batch, targets, distance, options, known)
 
@@ -92,6 +94,10 @@ class FuseStage(TrainingStage):
     @property
     def _distance(self) -> Distance:
         return DISTANCES[self.training.objective]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return self._distance.options(self.training.options, [])
 
     @cached_property
     def _said(self) -> list[TaughtBy]:

@@ -31,7 +31,8 @@ class FuseTrainer(ResponseTrainer):
 
     CLM is SFT's loss: −log π(y | x) averaged over all tokens in a step's batch. D adds up w · d over teachers, rows and
     groups, with the weight w of a teacher in a row and its distance d in a group, and divides by the groups of the
-    batch; those of a row are the mean of its teachers' under their weights. With λ = 1 it is SFT, bit for bit.
+    batch; those of a row are the mean of its teachers' under their weights. A distance ``by_token`` counts a group as
+    often as it has tokens of the student. With λ = 1 it is SFT, bit for bit.
     """
 
     def __init__(

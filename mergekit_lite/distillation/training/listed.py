@@ -91,12 +91,12 @@ class Listed(torch.autograd.Function):
 
 
 def _total(logits: Tensor) -> Tensor:
-    """Return log Σ eᶻ (R,) of rows; −inf where all are.
+    """Return log Σ eᶻ (R,) of rows; −inf where all are, NaN where one is.
 
     That is z − log softmax(z) at the largest z, in two thirds of logsumexp's time on a CPU.
     """
     largest = logits.amax(1)
-    return (largest - logits.log_softmax(1).amax(1)).where(largest > -torch.inf, -torch.inf)
+    return (largest - logits.log_softmax(1).amax(1)).where(largest != -torch.inf, -torch.inf)
 
 
 def _probs(logits: Tensor, columns: Columns, log_z: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from xxhash import xxh3_128
@@ -69,6 +70,7 @@ class Part:
         teacher_groups: of each of the teacher's tokens, likewise.
         groups: their number.
         weight: of the teacher in this row, above 0.
+        by_token: whether a group counts as often as it has tokens of the student, instead of once.
     """
 
     teacher: int
@@ -76,6 +78,15 @@ class Part:
     teacher_groups: array[int]
     groups: int
     weight: float
+    by_token: bool = False
+
+    @property
+    def counts(self) -> np.ndarray[Any, Any]:
+        """(G,); how often each group counts."""
+        if not self.by_token:
+            return np.ones(self.groups, np.int64)
+        placed = np.frombuffer(self.student_groups, np.int32)
+        return np.bincount(placed[placed >= 0], minlength=self.groups)
 
 
 @dataclass(frozen=True)
@@ -96,9 +107,9 @@ class Lesson:
 
     @property
     def groups(self) -> float:
-        """The groups of the row, by the mean of its teachers under their weights."""
+        """What the row counts in groups (or tokens), by the mean of its teachers under their weights."""
         total = sum(part.weight for part in self.parts)
-        return sum(part.weight * part.groups for part in self.parts) / total if total else 0.0
+        return sum(part.weight * int(part.counts.sum()) for part in self.parts) / total if total else 0.0
 
 
 @dataclass(frozen=True)

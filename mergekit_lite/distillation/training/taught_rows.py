@@ -48,12 +48,17 @@ class TaughtBy(NamedTuple):
 
 
 def taught_rows(
-    path: Path, template: ChatTemplate, limits: LengthLimits, teachers: Sequence[TaughtBy], combine: Combine
+    path: Path,
+    template: ChatTemplate,
+    limits: LengthLimits,
+    teachers: Sequence[TaughtBy],
+    combine: Combine,
+    by_token: bool = False,
 ) -> TokenRows:
     """Return the rows of ``pairs/sft.jsonl`` that teachers teach, as tokens, each with its lesson.
 
     A row whose tokens can't be placed in its text, or that no teacher has, is left out and counted; one that a teacher
-    of its domain lacks is told.
+    of its domain lacks is told. ``by_token``: see ``Part``.
 
     Raises:
         UsageError: the file can't be read, or none of its rows can be trained on.
@@ -72,7 +77,8 @@ def taught_rows(
 
     tokens = read(path, tokenise, template, limits)
     lacking: Counter[str] = Counter()
-    found = [row for each in tokens.rows if (row := _taught(each, teachers, combine, lacking)) is not None]
+    taught = (_taught(each, teachers, combine, by_token, lacking) for each in tokens.rows)
+    found = [row for row in taught if row is not None]
     tokens.counts["not aligned"] = unplaced.total()
     tokens.notes += [f"{counted(number, 'row')} not aligned: {why}." for why, number in unplaced.most_common()]
     tokens.counts["not taught"] = len(tokens.rows) - len(found)
@@ -89,7 +95,7 @@ def taught_rows(
 
 
 def _taught(
-    row: TrainingRow, teachers: Sequence[TaughtBy], combine: Combine, lacking: Counter[str]
+    row: TrainingRow, teachers: Sequence[TaughtBy], combine: Combine, by_token: bool, lacking: Counter[str]
 ) -> TrainingRow | None:
     """Return a row with the parts of those who teach it; None where nobody does."""
     lesson = row.lesson
@@ -111,7 +117,9 @@ def _taught(
     for (number, said), weight in zip(there, weights, strict=True):
         if weight > 0:
             cut = groups(ends, said.ends)
-            parts.append(Part(number, _array(cut.student), _array(cut.teacher), cut.count, weight))
+            if not row.prompt:
+                cut.student[:1] = -1  # nothing predicts the first token of a sequence
+            parts.append(Part(number, _array(cut.student), _array(cut.teacher), cut.count, weight, by_token))
     if not any(part.groups for part in parts):
         return None
     return replace(row, lesson=replace(lesson, ends=array("i"), parts=tuple(parts)))
@@ -142,21 +150,23 @@ def _of_teacher(rows: Sequence[TrainingRow], teacher: int, file: TaughtFile) -> 
     students: list[np.ndarray[Any, Any]] = []
     theirs: list[np.ndarray[Any, Any]] = []
     said: list[TaughtRow] = []
-    weights: list[float] = []
+    weights: list[np.ndarray[Any, Any]] = []
+    count = 0
     for row in rows:
         assert row.lesson is not None
-        first = 0 if row.prompt else 1  # nothing predicts the first token of a sequence
+        first = 0 if row.prompt else 1  # which has no position
         part = next((part for part in row.lesson.parts if part.teacher == teacher), None)
         if part is None:
             students.append(np.full(len(row.answers[0]) - first, -1, np.int64))
             continue
-        students.append(_shifted(part.student_groups, len(weights))[first:])
-        theirs.append(_shifted(part.teacher_groups, len(weights)))
-        weights += [part.weight] * part.groups
+        students.append(_shifted(part.student_groups, count)[first:])
+        theirs.append(_shifted(part.teacher_groups, count))
+        weights.append(part.weight * part.counts)
+        count += part.groups
         distributions = file.get(row.lesson.key)
         assert distributions is not None  # it was there when the row was loaded
         said.append(distributions)
-    if not weights:
+    if not count:
         return None
     targets = Targets(
         student_groups=torch.from_numpy(np.concatenate(students)),
@@ -165,9 +175,9 @@ def _of_teacher(rows: Sequence[TrainingRow], teacher: int, file: TaughtFile) -> 
         log_probs=_joined([row.log_probs for row in said], np.float32),
         top_ids=_joined([row.top_ids for row in said], np.int64),
         top_log_probs=_joined([row.top_log_probs for row in said], np.float32),
-        groups=len(weights),
+        groups=count,
     )
-    return LaidOut(teacher, targets, torch.tensor(weights))
+    return LaidOut(teacher, targets, _joined(weights, np.float32))
 
 
 def _shifted(numbers: array[int], by: int) -> np.ndarray[Any, Any]:
