@@ -37,8 +37,7 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
     loaded, reporter = load(Path(recipe)), reporter or Reporter()
     training.check(loaded)  # what would be refused hours later
     sampling.check(loaded, and_target=True)
-    if loaded.train.fuse is not None:
-        teaching.check(loaded)
+    teaching.check(loaded)
     for _ in range(1 if loaded.target_source is None else 2):  # the target answers for itself once its SFT is done
         reporter.line("[sample]")
         sampling.sample(loaded, reporter, skip_missing=skip_missing)
