@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.group(name="distill", cls=CommandGroup)
 def command() -> None:
-    """Distill strong models into a small one by preferences: WRPO, FuseChat-3.0.
+    """Distill strong models into a small one: by their answers (WRPO, FuseChat-3.0), or their distributions (FuseLLM).
 
     A recipe goes through five stages, six with teachers; each reads files and writes files in the recipe's folder, and
     goes on where it stopped.
@@ -137,7 +137,10 @@ def teach(recipe: Path, quiet: bool, skip_missing: bool) -> None:
 
 @stage("train")
 def train(recipe: Path, quiet: bool) -> None:
-    """Train the target: SFT, then preferences, as far as there are rows."""
+    """Train the target: sft, fuse, on_policy, preference.
+
+    Each as far as there are rows.
+    """
     _carry_out("train", recipe, quiet)
 
 
@@ -193,12 +196,17 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
         return
+    heading = "domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"
     domains = [(d.domain or "–", f"{d.prompts:,}", d.rule, f"{d.sft:,}", f"{d.preference:,}") for d in plan.domains]
-    reporter.table(("domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"), domains)
+    if recipe.train.reads_rows:
+        reporter.table(heading, domains)
+    else:  # on-policy training has prompts alone
+        reporter.table(heading[:2], [row[:2] for row in domains])
     reporter.line("")
     sources = [(s.name, s.model, s.where, f"{s.requests:,}", f"{s.done:,}", f"{s.cut:,}") for s in plan.sources]
-    reporter.table(("source", "model", "asked", ">answers", ">done", ">cut"), sources)
-    reporter.line(f"\nscored by {', '.join(plan.scorers) or 'nothing'}\n")
+    if sources:
+        reporter.table(("source", "model", "asked", ">answers", ">done", ">cut"), sources)
+        reporter.line(f"\nscored by {', '.join(plan.scorers) or 'nothing'}\n")
     if plan.teachers:
         taught = [
             (t.name, t.model, t.where, f"{t.rows:,}", f"{t.done:,}", f"{t.bytes / 1e9:,.2f} GB", _exaflops(t.exaflops))

@@ -165,7 +165,9 @@ def _parameters(model: str) -> int | None:
 def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
     pairing = recipe.pairs.of(domain)
     sft, preference = count, count  # with split availability either may get all
-    if pairing.rule == "as_is":
+    if not recipe.train.reads_rows:
+        sft = preference = 0
+    elif pairing.rule == "as_is":
         preference = 0
     elif pairing.split == "share":
         sft = floor_share(pairing.sft_share, count)

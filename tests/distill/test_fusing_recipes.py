@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_lite.commands import main
+from mergekit_lite.distillation.distilling import distill
 from mergekit_lite.distillation.recipe.loading import parse
 from mergekit_lite.distillation.train import check
 from mergekit_lite.errors import UsageError
@@ -152,3 +153,33 @@ def test_on_policy_alone_needs_prompts_and_teachers_alone(tmp_path: Path) -> Non
     content = "folder: out\ntarget: t\nprompts: [{path: p.jsonl}]\ntrain: {on_policy: {learning_rate: 1}}\n"
     parse(content + "teachers: [{name: a, model: org/a}]\n", "r.yaml", tmp_path)
     assert "4:20" in problems(content)[0] and "'on_policy' learns from 'teachers'" in problems(content)[0]
+
+
+def test_teachers_of_on_policy_training_are_looked_at_before_anything_is_asked(tmp_path: Path) -> None:
+    target(tmp_path / "target")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "1?"}))
+    train = "{on_policy: {learning_rate: 1.0e-5, batch_size: 1, sampling: {max_tokens: 8}}}"
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"folder: out\ntarget: ./target\nprompts: [{{path: prompts.jsonl}}]\ntrain: {train}\n"
+        "teachers: [{name: strong, model: ./empty}]\n"
+    )
+    with pytest.raises(UsageError, match=r"(?s)Teachers can't teach.*strong: "):
+        distill(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_on_policy_training_alone_counts_no_rows(tmp_path: Path) -> None:
+    target(tmp_path / "target")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "1?"}))
+    train = "{on_policy: {learning_rate: 1.0e-5, batch_size: 1, rounds: 3, sampling: {max_tokens: 8}}}"
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"folder: out\ntarget: ./target\nprompts: [{{path: prompts.jsonl}}]\ntrain: {train}\n"
+        "teachers: [{name: strong, model: ./target}]\n"
+    )
+    result = CliRunner().invoke(main, ["distill", "run", str(path), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "SFT rows" not in result.output and "scored by" not in result.output
+    assert [line.split() for line in result.output.splitlines() if "on_policy" in line] == [["on_policy", "3", "3"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -18,8 +19,10 @@ from mergekit_lite.answers import server
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.distillation.alignment.groups import groups
 from mergekit_lite.distillation.alignment.spans import response_ends
+from mergekit_lite.distillation.on_policy import stage
 from mergekit_lite.distillation.on_policy.checks import check
 from mergekit_lite.distillation.on_policy.lengths import Lengths
+from mergekit_lite.distillation.on_policy.student import leave_drawing_to_requests
 from mergekit_lite.distillation.recipe.schema import OnPolicy, Recipe, Training
 from mergekit_lite.distillation.training.workspace import Workspace
 from mergekit_lite.errors import RunError, UsageError
@@ -190,8 +193,10 @@ def test_a_teacher_with_another_tokenizer(tmp_path, kept, spread):
 
 
 @pytest.mark.slow
-def test_a_student_that_is_served(tmp_path, kept):
+def test_a_student_that_is_served(tmp_path, monkeypatch, kept):
     """Its weights are written and served anew each round; what it says is tokenised as the template has it."""
+    written = []
+    monkeypatch.setattr(stage, "leave_drawing_to_requests", written.append)
     script = Path(__file__).with_name("serving.py")
     served = {"name": "target", "model": "target", "serve": f"{sys.executable} {script} {{model}} {{port}} weights"}
     told = trained(recipe(tmp_path, [teacher(tmp_path / "strong")], source=served))
@@ -202,7 +207,8 @@ def test_a_student_that_is_served(tmp_path, kept):
         expected = ChatTemplate(tokenizer()).tokens(prompt_of("0"), row["text"]).response
         assert tuple(row["tokens"]) == expected
     assert [row["ratio"] == 1 for row in log(tmp_path / "out" / "train" / "on_policy")] == [True, False] * 2
-    assert not (tmp_path / "out" / "train" / "on_policy.partial" / "answering").exists()
+    assert written == [tmp_path / "out" / "train" / "on_policy.partial" / "answering"] * 2
+    assert not written[0].exists()
 
 
 @pytest.mark.slow
@@ -360,6 +366,14 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
 def test_too_few_prompts(tmp_path):
     with pytest.raises(UsageError, match="7 prompts in a round, and there are 6"):
         trained(recipe(tmp_path, [teacher(tmp_path / "strong")], prompts=7))
+
+
+def test_a_server_takes_nothing_but_tokens_from_the_generation_configuration(tmp_path):
+    leave_drawing_to_requests(tmp_path)  # there is none
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"top_k": 20, "repetition_penalty": 1.1, "eos_token_id": [1, 2], "do_sample": True}))
+    leave_drawing_to_requests(tmp_path)
+    assert json.loads(path.read_text()) == {"eos_token_id": [1, 2]}
 
 
 def test_a_collapse_is_told():

@@ -26,7 +26,13 @@ from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.on_policy.checks import prompt_limit
 from mergekit_lite.distillation.on_policy.rounds import STAGE, Plan, Rounds, planned
-from mergekit_lite.distillation.on_policy.student import InTraining, OwnStudent, Student, WrittenStudent
+from mergekit_lite.distillation.on_policy.student import (
+    InTraining,
+    OwnStudent,
+    Student,
+    WrittenStudent,
+    leave_drawing_to_requests,
+)
 from mergekit_lite.distillation.on_policy.teachers import Teacher, teachers_of
 from mergekit_lite.distillation.prompts import settled, stored
 from mergekit_lite.distillation.recipe.schema import TARGET, OnPolicy, Recipe, RecipeSource
@@ -236,7 +242,12 @@ class OnPolicyStage(TrainingStage):
         def write(folder: Path) -> None:
             saved = self.workspace.root / "asked"
             trainer.save_model(str(saved))
-            self._together(lambda: write_model(saved, self.start, self.training, folder))
+
+            def finish() -> None:
+                write_model(saved, self.start, self.training, folder)
+                leave_drawing_to_requests(folder)
+
+            self._together(finish)
 
         def ask(folder: str) -> AbstractContextManager[Respondent]:
             changes = {"sampling": self.own.sampling, "name": STAGE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -106,6 +107,19 @@ class WrittenStudent:
         except TemplateError:
             tokens = ()  # it is empty: nothing to learn from
         return OwnAnswer(answer.key, text, "length" if cut else "stop", tokens)
+
+
+def leave_drawing_to_requests(folder: Path) -> None:
+    """Keep only tokens in a written model's generation configuration.
+
+    vLLM and SGLang take what a request doesn't say from there, such as top-k 20 of Qwen3, and the student would draw
+    from another distribution than its own.
+    """
+    path = folder / "generation_config.json"
+    if path.exists():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+        path.write_text(json.dumps(kept), encoding="utf-8")
 
 
 def _own(draw: Draw) -> OwnAnswer:
