@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from mergekit_lite.pushing import Pushed
 
 NO_KERNELS = (
-    "the compiled kernels are not here: torch computes the same, slower. With a C compiler on this machine, "
-    "pip install --force-reinstall --no-deps mergekit-lite builds them."
+    "the compiled kernels are not here, or older than the rest: torch computes the same, slower. With a C compiler on "
+    "this machine, pip install --force-reinstall --no-deps mergekit-lite builds them (in a checkout: pip install -e .)."
 )
 # Whether workers are forked: elsewhere there is no fork, or system libraries don't survive it.
 PROCESSES = sys.platform == "linux" and hasattr(os, "fork")

@@ -89,11 +89,16 @@ SIGNATURES = {
 
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
-    """Return the compiled functions; None where the package was installed without them, or for another machine."""
+    """Return the compiled functions; None where the package was installed without them, or for another machine.
+
+    A library that lacks one of them was built from older sources: what else it has may differ, too, and none is used.
+    """
     path = Path(__file__).with_name("_compiled.so")  # so named on every platform, see setup.py
     try:
         library = ctypes.CDLL(str(path))
     except OSError:
+        return None
+    if not all(hasattr(library, name) for name in SIGNATURES):
         return None
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(library, name)

@@ -22,9 +22,9 @@ from mergekit_lite.output.manifest import manifest_of, text_pieces
 from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Job, Plan
 from mergekit_lite.planning.fp8 import modules_not_quantised
+from mergekit_lite.planning.token_numbers import other_numbers
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file, tokenizer_config
 from mergekit_lite.planning.unions import TOKENIZER, written_tokenizer
-from mergekit_lite.planning.vocabularies import other_numbers
 
 CODE_SUFFIXES = (".ipynb", ".py", ".pyc", ".sh", ".so")
 COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"

@@ -24,10 +24,10 @@ from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import REMEDY, MismatchError, MissingError, arranged
 from mergekit_lite.planning.modules import Modules, config_of_modules, outputs_of_modules
 from mergekit_lite.planning.plan import Job, Plan
-from mergekit_lite.planning.token_numbers import with_numbers_of
+from mergekit_lite.planning.token_numbers import SPECIAL_NUMBERS, with_numbers_of
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
 from mergekit_lite.planning.unions import examined, having_all_tokens
-from mergekit_lite.planning.vocabularies import SPECIAL_NUMBERS, Aligned, VocabularyError, aligned, of_one_vocabulary
+from mergekit_lite.planning.vocabularies import Aligned, VocabularyError, aligned, of_one_vocabulary
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE, UNION, Vocabulary

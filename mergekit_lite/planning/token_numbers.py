@@ -1,4 +1,4 @@
-"""Numbers of tokens in a config: those of another vocabulary."""
+"""Numbers of tokens in a config: those of another vocabulary, and those that another config has otherwise."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NUMBER = re.compile(r"_token_(id|ids|index)$")
+SPECIAL_NUMBERS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OF_TEXT = ("text_config", "language_config", "llm_config")
 
 
@@ -45,3 +46,19 @@ def _moved(value: Any, numbers: Mapping[int, int] | None) -> Any:
         moved = [numbers[each] for each in value if isinstance(each, int) and each in numbers]
         return moved or None
     return numbers.get(value) if isinstance(value, int) else value
+
+
+def other_numbers(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Return the special tokens that a generation config numbers otherwise than a model's config.
+
+    It may have more than the config: several tokens to end at.
+    """
+    return [
+        key
+        for key in SPECIAL_NUMBERS
+        if key in generation and config.get(key) is not None and not _listed(config[key]) <= _listed(generation[key])
+    ]
+
+
+def _listed(numbers: Any) -> set[str]:
+    return {repr(number) for number in (numbers if isinstance(numbers, list) else [numbers])}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.encodings.gathered import Place, Places, gathered
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Row = Place | tuple[Place, ...]  # where a row is from: one place, or the mean of several, of none zeros
 SHOWN = 3
 MOST_PADDING = 1 << 16  # rows without a token, beside as many as there are tokens
-SPECIAL_NUMBERS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a config
 
 
 class VocabularyError(Exception):
@@ -387,19 +386,3 @@ def _roles(models: Sequence[_Model], wanted: _Model) -> list[str]:
         if differing:
             lines.append(f"{model.source.reference} uses other special tokens: {', '.join(differing)}")
     return lines
-
-
-def other_numbers(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Return the special tokens that a generation config numbers otherwise than a model's config.
-
-    It may have more than the config: several tokens to end at.
-    """
-    return [
-        key
-        for key in SPECIAL_NUMBERS
-        if key in generation and config.get(key) is not None and not _listed(config[key]) <= _listed(generation[key])
-    ]
-
-
-def _listed(numbers: Any) -> set[str]:
-    return {repr(number) for number in (numbers if isinstance(numbers, list) else [numbers])}

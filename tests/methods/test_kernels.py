@@ -103,6 +103,11 @@ def test_they_are_there() -> None:
     assert c_ops.compiled() is not None, "pip install -e . compiles them"
 
 
+def test_a_library_of_older_sources_is_not_used() -> None:
+    with patch.dict(c_ops.SIGNATURES, {"added_later": (None,)}):
+        assert c_ops.compiled.__wrapped__() is None
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("numel", [1, 511, 513, 70_001])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{','.join(case[1])}")

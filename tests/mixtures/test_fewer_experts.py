@@ -139,6 +139,10 @@ def test_where_the_router_chooses_among_groups_each_of_these_is_thinned(tmp_path
         assert len({member // 3 for member in group}) == 1
     with pytest.raises(PlanError, match="2 groups of equal size"):
         checked(model, 3, "weights", False, "moe prune")
+    config = Path(model, "config.json")
+    config.write_text(config.read_text().replace('"n_group": 2', '"n_group": 4'))
+    with pytest.raises(PlanError, match="its 6 experts are no 4 groups of equal size"):
+        checked(model, 4, "weights", False, "moe prune")
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:

@@ -80,6 +80,13 @@ def test_what_a_process_uses_stays_for_however_long(home: Path) -> None:
     assert not names(home)
 
 
+def test_a_process_that_ends_leaves_nothing_open(home: Path) -> None:
+    program = [sys.executable, "-W", "error", "-c", HOLDS.replace('hasattr(os, "fork")', "False"), "stand-in"]
+    environment = os.environ | {"TMPDIR": str(home.parent), "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(program, env=environment, input="", capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("held\n", "")
+
+
 def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> bool:
         raise OSError(37, "No locks available")

@@ -7,6 +7,7 @@ it wasn't used for a week, as the next command may want it, and what was fetched
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import stat
@@ -69,6 +70,13 @@ def let_go(folder: Path) -> None:
     """Hold a folder no longer."""
     if (mark := _held.pop(folder, None)) is not None:
         mark.close()
+
+
+@atexit.register
+def _let_all_go() -> None:
+    """Hold nothing longer. The system would see to it; but Python warns of what is open when it ends."""
+    for folder in list(_held):
+        let_go(folder)
 
 
 def _is_over(folder: Path) -> bool:

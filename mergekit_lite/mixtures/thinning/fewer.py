@@ -140,7 +140,9 @@ def unfit(mixture: Checkpoint, layers: Sequence[ExpertLayer], number: int) -> It
         expected = f"expected {per_token} to {before - 1}"
         yield f"{number} experts: it has {before}, and each token goes through {per_token}: {expected}"
     teams = routing_groups(mixture)
-    if number % teams:
+    if before % teams:
+        yield f"{mixture.reference}: its {before} experts are no {teams} groups of equal size (n_group)"
+    elif number % teams:
         yield f"{number} experts: its router chooses among {teams} groups of equal size (n_group): expected a multiple"
     elif teams > 1 and number // teams < 2:
         yield f"{number} experts in {teams} groups of its router (n_group): each needs two"
