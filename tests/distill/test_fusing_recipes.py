@@ -182,4 +182,6 @@ def test_a_dry_run_of_on_policy_training_alone_counts_no_rows(tmp_path: Path) ->
     result = CliRunner().invoke(main, ["distill", "run", str(path), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "SFT rows" not in result.output and "scored by" not in result.output
-    assert [line.split() for line in result.output.splitlines() if "on_policy" in line] == [["on_policy", "3", "3"]]
+    assert [line.split() for line in result.output.splitlines() if line.startswith("on_policy")] == [
+        ["on_policy", "3", "3"]
+    ]
