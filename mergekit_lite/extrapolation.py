@@ -167,8 +167,7 @@ def plan_run_extrapolation(
     targets = [_number(value, "to_step") for value in (to_step if isinstance(to_step, Sequence) else [to_step])]
     if not targets:
         raise UsageError("No to_step was given.")
-    is_run = isinstance(checkpoints, str | Path)
-    models = checkpoints_of(str(checkpoints)) if is_run else list(map(str, checkpoints))
+    models = checkpoints_of(str(checkpoints)) if isinstance(checkpoints, str | Path) else list(map(str, checkpoints))
     at = [_number(value, "steps") for value in steps or steps_of(models)]
     if len(at) != len(models):
         raise UsageError(f"Expected a step for each of the {len(models)} checkpoints, got {len(at)}.")

@@ -146,7 +146,13 @@ def _plan_of_run(
     """Return the plan of the extrapolation of a run. Raises UsageError for options that it has no use for."""
     from mergekit_lite.extrapolation import plan_run_extrapolation
 
-    of_pair = {"alpha": (), "alpha_for": {}, "new_rows": "refuse", "tokenizer_source": None, "width": "base"}
+    of_pair: dict[str, Any] = {
+        "alpha": (),
+        "alpha_for": {},
+        "new_rows": "refuse",
+        "tokenizer_source": None,
+        "width": "base",
+    }
     if given := [f"--{name.replace('_', '-')}" for name, value in of_pair.items() if options.pop(name) != value]:
         raise UsageError(f"{', '.join(given)} can't be combined with --to-step: it is of a pair.")
     if output is None:

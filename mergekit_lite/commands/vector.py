@@ -239,7 +239,8 @@ def _combine_adapters(
 ) -> None:
     """Combine adapters into one and show it, or the plan alone."""
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.adapter_combination import plan_adapters, run_adapters
+    from mergekit_lite.vectors.adapter_combination import run_adapters
+    from mergekit_lite.vectors.adapter_plan import plan_adapters
 
     unfit = {
         "--rebase": options.pop("rebase"),

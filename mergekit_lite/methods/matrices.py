@@ -65,8 +65,8 @@ def added(change: Callable[[Deltas], torch.Tensor], held: int, scale: float = 1.
     whole = yield Reduction(lambda block, _: change(Deltas(block)).mul_(scale).reshape(-1), held=held)
 
     def merged(block: Block, start: int) -> torch.Tensor:
-        part = whole[start : start + block[0].numel()]  # type: ignore[index]
-        return (block[0] + part).to(block[0].dtype)
+        part = whole[start : start + block[0].numel()]
+        return block[0].add(part).to(block[0].dtype)  # type: ignore[arg-type]
 
     return merged
 

@@ -98,7 +98,7 @@ def core_space(products: Sequence[Product]) -> Space:
     right, right_values = _right_singular(_triangle(stacked.a.T))
     rows, columns = left * left_values, right * right_values  # in each, the ranks of one product after the other's
     ranks = [len(product.a) for product in products]
-    tasks = tuple(x.T @ y for x, y in zip(rows.split(ranks), columns.split(ranks), strict=True))
+    tasks = tuple(x.T @ y for x, y in zip(torch.split(rows, ranks), torch.split(columns, ranks), strict=True))
     return Space(tasks, stacked, left * _inverted(left_values), (right * _inverted(right_values)).T)
 
 
@@ -108,10 +108,11 @@ def knots_space(products: Sequence[Product]) -> Space:
     outer = _triangle(stacked.b)
     ranks = [len(product.a) for product in products]
     # [B₁A₁ … B_NA_N] = Q · [R₁L₁ᵀ … R_NL_Nᵀ] · (the rows of all Qᵢ): the middle has its singular values.
-    inner = torch.block_diag(*(_triangle(product.a.T).T for product in products))
+    triangles = [_triangle(product.a.T).T for product in products]
+    inner: torch.Tensor = torch.block_diag(*triangles)  # type: ignore[no-untyped-call]
     x, values, y = torch.linalg.svd(outer @ inner, full_matrices=False)
     x, values, y = _kept(x, values, y)
-    tasks = tuple(x.T @ r @ product.a for r, product in zip(outer.split(ranks, 1), products, strict=True))
+    tasks = tuple(x.T @ r @ product.a for r, product in zip(torch.split(outer, ranks, 1), products, strict=True))
     return Space(tasks, stacked, inner @ y.T * _inverted(values), None)
 
 
@@ -127,8 +128,9 @@ def _triangle(matrix: torch.Tensor) -> torch.Tensor:
     """
     height = BLOCK * matrix.shape[1]
     if len(matrix) > 2 * height:
-        matrix = torch.cat([torch.linalg.qr(block, mode="r").R for block in matrix.split(height)])
-    return torch.linalg.qr(matrix, mode="r").R
+        matrix = torch.cat([torch.linalg.qr(block, mode="r").R for block in torch.split(matrix, height)])
+    triangle: torch.Tensor = torch.linalg.qr(matrix, mode="r").R
+    return triangle
 
 
 def _right_singular(triangle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
