@@ -125,7 +125,7 @@ def test_the_three_ways_to_start_it(pair: Path, start: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["sft", "dpo", "-o", "x"], 2, "Missing option"),
+        (["sft", "dpo", "-o", "x"], 2, "Give --alpha"),
         (["sft", "dpo", "--alpha", "much", "-o", "x"], 2, "'much' is not a number"),
         (["sft", "dpo", "--alpha", "nan", "-o", "x"], 2, "'nan' is not a number"),
         (["sft", "dpo", "--alpha", "1,1", "-o", "x{alpha}"], 2, "given twice"),

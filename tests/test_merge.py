@@ -19,7 +19,9 @@ from tests.processes import run
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
 # What can't be left at a value that suits every parameter of the name.
+STEPS = [100.0, 250.0, 300.0]  # of the checkpoints, for methods along a run
 VALUES = {
+    "to_step": 1000.0,
     "weight": 0.5,
     "t": 0.4,
     "alpha": 0.3,
@@ -46,10 +48,12 @@ def recipe_for(method: Method, place: Path) -> tuple[dict[str, Any], dict[str, A
     """A recipe of a method, its parameters, and how many models it merges."""
     least, most = method.models
     count = min(3, most or 3) if least <= 3 else least
-    parameters = {name: VALUES[name] for name, p in method.parameters.items() if p.required}
+    parameters = {name: VALUES[name] for name, p in method.parameters.items() if p.required and name != "step"}
     if "density" in method.parameters:
         parameters["density"] = VALUES["density"]
-    models = [{"model": str(place / f"m{number + 1}")} for number in range(count)]
+    models: list[dict[str, Any]] = [{"model": str(place / f"m{number + 1}")} for number in range(count)]
+    if "step" in method.parameters:
+        models = [model | {"parameters": {"step": step}} for model, step in zip(models, STEPS, strict=True)]
     recipe: dict[str, Any] = {"merge_method": method.name, "models": models, "parameters": parameters, "seed": 3}
     if method.base == "required":
         recipe["base_model"] = str(place / "base")
@@ -109,6 +113,7 @@ def test_every_method_streams_to_what_it_gives_in_memory(
     method = METHODS[name]
     recipe, parameters, count = recipe_for(method, place)
     parameters |= more
+    steps = {"step": STEPS} if "step" in method.parameters else {}
     got = merged(recipe, tmp_path / "one", threads=1)
     again = merged(recipe, tmp_path / "five", threads=5, block=1 << 16)
     assert all(same_bytes(got[tensor], again[tensor]) for tensor in got)
@@ -118,7 +123,7 @@ def test_every_method_streams_to_what_it_gives_in_memory(
     order = [job.name for job in plan.jobs]
     states = [{tensor: state[tensor] for tensor in order} for state in ([base] if base else []) + models]
     expected = mergekit_lite.methods.merge_states(
-        name, states[0] if base else None, states[len(states) - count :], seed=3, **parameters
+        name, states[0] if base else None, states[len(states) - count :], seed=3, **parameters, **steps
     )
     assert got.keys() == expected.keys()
     for tensor in got:

@@ -211,10 +211,11 @@ def test_every_method_can_be_measured(tmp_path: Path, method: str) -> None:
     names = ["base", *(f"m{number}" for number in range(count))]
     for name in names:
         write_holes(tmp_path / name, [("model.norm.weight", (8,)), ("model.layers.0.mlp.up_proj.weight", (64, 64))])
-    numbers = {key: 0.5 for key, each in about.parameters.items() if each.required}
+    numbers = {key: 0.5 for key, each in about.parameters.items() if each.required and key != "step"}
+    steps = [{"parameters": {"step": number}} if method == "relex" else {} for number in range(1, 1 + count)]
     content = {
         "merge_method": method,
-        "models": [{"model": str(tmp_path / name)} for name in names[1:]],
+        "models": [{"model": str(tmp_path / name)} | of for name, of in zip(names[1:], steps, strict=True)],
         "parameters": numbers,
         **({"base_model": str(tmp_path / "base")} if with_base else {}),
     }

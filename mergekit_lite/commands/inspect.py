@@ -23,7 +23,7 @@ Examples:
   mergekit-lite inspect ./model
   mergekit-lite inspect ./model --stats -v
   mergekit-lite inspect org/name --json
-  mergekit-lite inspect out/teach/NAME   (what a teacher of `distill` said)
+  mergekit-lite inspect out/teach/NAME   (what a teacher said)
   mergekit-lite inspect hf://org/name --stats   (read by range, nothing stored; s3://, gs://, az://, https:// too)
 """,
 )

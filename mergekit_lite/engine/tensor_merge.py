@@ -151,7 +151,7 @@ def cast_ops(plan: Plan, job: Job, device: str = CPU) -> Ops:
 def needs_torch(plan: Plan, job: Job, merges: Sequence[JobMerge]) -> bool:
     """Return whether torch has a part in making a tensor on the CPU, as far as can be told before its statistics."""
     copies = job.merged_elements < job.numel
-    casts = copies and job.inputs[0].dtype != job.dtype
+    casts = copies and any(spec.dtype != job.dtype for spec in job.inputs[:1])  # scales have no input
     return (
         bool(job.scales or job.scales_of)
         or any(merge.ops(CPU).needs_torch for merge in merges)

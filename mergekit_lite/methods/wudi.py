@@ -40,7 +40,7 @@ def wudi(
     """Add the change that disturbs least what each model does to the inputs it was tuned on. Experimental.
 
     Args:
-        steps: exact, the minimiser; or so many steps of Adam from the sum of the deltas on (released: 300).
+        steps: exact, the minimiser; or a number of steps of Adam from the sum of the deltas on (released: 300).
     """
     if not is_taken(info, matrices):
         return mean(info)

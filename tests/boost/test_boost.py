@@ -257,13 +257,13 @@ def test_no_answer_is_made_that_is_not_wanted(
 ) -> None:
     """Looks and held-out items are where batches end, though prompts in a batch are alike in length."""
     made: list[str] = []
-    batch = Local._batch
+    drawn = Local._drawn
 
     def counted(self: Local, work: Any) -> Any:
         made.extend(one.task.prompt.id for one in work)
-        return batch(self, work)
+        return drawn(self, work)
 
-    monkeypatch.setattr(Local, "_batch", counted)
+    monkeypatch.setattr(Local, "_drawn", counted)
     prompts = write_prompts(tmp_path, 128)
     grid = {"search": "grid", "grid": {"alpha": (0.5, 4.0)}, "batch_size": 4, "held_out": held_out}
     request = request_of(models, tmp_path / "out", SPACES, prompts=(prompts,), **grid)

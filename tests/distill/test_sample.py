@@ -231,6 +231,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:
             },
         ],
         "scorers": ["right"],
+        "teachers": [],
         "training": [{"stage": "sft", "rows": 5, "steps": 2}, {"stage": "preference", "rows": 4, "steps": 2}],
         "missing_models": [],
         "left_out": [],

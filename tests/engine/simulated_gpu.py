@@ -119,6 +119,8 @@ class DeviceTensor(torch.Tensor):
             args = [part if isinstance(part, torch.Tensor) else torch.tensor(part) for part in args]
         if function is torch.Tensor.tolist:
             return args[0].cpu().tolist()
+        if function is torch.Tensor.__float__:
+            return float(args[0].cpu())
         with torch._C.DisableTorchFunctionSubclass():  # type: ignore[attr-defined]
             return function(*args, **(kwargs or {}))
 

@@ -82,9 +82,11 @@ CASES: dict[str, dict[str, Any]] = {
     "passthrough": {"scale": 1.3},
     "ram": {},
     "ramplus_tl": {},
+    "relex": {"step": [10, 20], "to_step": 50},
     "sce": {},
     "sce some": {"select_topk": 0.2},
     "sce fusechat": {"select_topk": 0.2, "variant": "fusechat"},
+    "schedule_average": {"schedule": "cosine"},
     "slerp": {"t": 0.4},
     "task_arithmetic": WEIGHTS,
     "ties": SPARSE,
@@ -97,7 +99,6 @@ CASES: dict[str, dict[str, Any]] = {
     "varm element": {"granularity": "element"},
     "varm warm": {"granularity": "model", "temperature": 1e-6},
     "wudi": {},
-    "wudi steps": {"steps": 5},
     "wise_ft": {"alpha": 0.3},
 }
 # What depends on sums of floats, so that a device that adds in another order gives other last bits; and what is made by
@@ -105,8 +106,8 @@ CASES: dict[str, dict[str, Any]] = {
 SUMMED = {
     "arcee_fusion", "breadcrumbs_ties", "cart", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c",
     "iso_cts", "karcher", "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns",
-    "sce", "sce some", "sce fusechat", "slerp", "ties rescaled", "tsv", "tsv lossless", "varm", "varm element",
-    "varm warm", "wudi", "wudi steps",
+    "relex", "sce", "sce some", "sce fusechat", "slerp", "ties rescaled", "tsv", "tsv lossless", "varm", "varm element",
+    "varm warm", "wudi",
 }  # fmt: skip
 BY_LENGTH = {"breadcrumbs_ties", "dare_linear", "dare_ties", "della", "ties rescaled"}  # of those, by rescaling alone
 BY_THREE = ("geometric_median", "sce")
@@ -144,7 +145,9 @@ def write_family(folder: Path, dtype: torch.dtype, shapes: Mapping[str, tuple[in
 def write_recipe(folder: Path, case: str, rounding: str = "nearest") -> Path:
     method = METHODS[case.partition(" ")[0]]
     parameters = dict(CASES[case])
-    numbers = {name: parameters.pop(name) for name in ("weight", "scale") if isinstance(parameters.get(name), list)}
+    numbers = {
+        name: parameters.pop(name) for name in ("weight", "scale", "step") if isinstance(parameters.get(name), list)
+    }
     models = [
         {
             "model": str(folder / f"tuned-{seed}"),

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 import mergekit_lite
 from mergekit_lite.commands import main
 from mergekit_lite.errors import PlanError, UsageError
-from mergekit_lite.mixtures.building.building import build_moe, plan_moe, routers
+from mergekit_lite.mixtures.building import routers
+from mergekit_lite.mixtures.building.building import build_moe, plan_moe
 from tests.mixtures.models import LAYERS, VOCABULARY, dense_model, settled_model, write
 from tests.models import read_folder
 from tests.tokenizers import tokenizer
