@@ -226,7 +226,7 @@ def test_contradictions_are_told_with_their_places(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, "scorers", rows=rows_of, train={"preference": {**TRAIN, "objective": "dpo"}})
     error = invoke("pair", path)[2]
     for what in ("'prompts' has no effect", "'sources' has no effect", "'pairs' has no effect", "exactly one of 'path'",
-                 "'rows' has 'sft', 'train' has no", "'train' has 'preference', 'rows' has no 'preference'"):  # fmt: skip
+                 "'rows' has 'sft', 'train' has no", "'train' has 'preference', 'rows' has no"):  # fmt: skip
         assert what in error
     given = {"sft": [{"path": "x.jsonl"}]}
     scorers: list[dict[str, Any]] = [{"name": name, "kind": "exact"} for name in ("right", "Right")]
