@@ -82,7 +82,9 @@ def main(
     from mergekit_lite.distillation.objectives.distances import DISTANCES
 
     folder.mkdir(parents=True, exist_ok=True)
-    ways = [PLAIN, *(chosen or DISTANCES)]
+    if unknown := [way for way in chosen if way not in (PLAIN, *DISTANCES)]:
+        raise click.BadParameter(f"There is no distance {unknown[0]!r}. There are: {', '.join(DISTANCES)}.")
+    ways = list(dict.fromkeys([PLAIN, *(chosen or DISTANCES)]))
     turns: dict[str, dict[str, list[dict[str, Any]]]] = {shape: {way: [] for way in ways} for shape in shapes or SHAPES}
     for _ in range(runs):
         for shape, taken in turns.items():
