@@ -133,7 +133,7 @@ def test_merges_have_the_bytes_of_a_local_merge(name: str, models: Path, failing
     assert sum(failing.of.values()) - failing.of["passed"] - failing.of["parts"] > 3, failing.of
 
 
-@pytest.mark.parametrize("name", ["ties", "varm"])
+@pytest.mark.parametrize("name", [pytest.param("ties", marks=pytest.mark.slow), "varm"])
 def test_what_is_fetched_again_is_told_before_and_a_cache_saves_it(
     name: str, models: Path, store: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
