@@ -41,7 +41,7 @@ from mergekit_lite.distillation.sample import respondent
 from mergekit_lite.distillation.training.arguments import training_arguments
 from mergekit_lite.distillation.training.deepspeed import is_partitioned
 from mergekit_lite.distillation.training.model import answering, tokenizer_of, trained_model, write_model
-from mergekit_lite.distillation.training.stage import TrainingStage
+from mergekit_lite.distillation.training.stage import TrainingStage, wait_for_everyone
 from mergekit_lite.distillation.training.watch import DivergedError
 from mergekit_lite.distillation.training.workspace import flat, identity
 from mergekit_lite.errors import RunError, UsageError, counted, listing
@@ -114,7 +114,7 @@ class OnPolicyStage(TrainingStage):
         done, checkpoint = self.workspace.last_checkpoint() or (0, None)
         if done:
             reporter.line(f"{self.name}: goes on after step {done:,} of {plan.all_steps:,}")
-        self._wait()  # all processes must read the folder before one changes it
+        wait_for_everyone()  # all processes must read the folder before one changes it
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
         rows = {"prompts": len(prompts), "rounds": plan.rounds, "answers": plan.rounds * plan.answers}
         record = {
@@ -155,7 +155,7 @@ class OnPolicyStage(TrainingStage):
         """Write the recipe's prompts to its folder, unless they are there."""
         if not Folder(self.recipe.folder).prompts.exists():
             self._together(lambda: _settled(self.recipe, reporter))
-        self._wait()
+        wait_for_everyone()
 
     def _prompts(self, template: ChatTemplate, reporter: Reporter) -> tuple[list[Prompt], dict[str, array[int]]]:
         """Return the prompts to ask, and the tokens of each.
@@ -263,12 +263,6 @@ class OnPolicyStage(TrainingStage):
             TARGET, self.start, self.own.sampling, system=source.system, batch_size=source.batch_size, lend=lend
         )
         return OwnStudent(local, accelerator.process_index, accelerator.num_processes)
-
-    @staticmethod
-    def _wait() -> None:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
 
 
 def _settled(recipe: Recipe, reporter: Reporter) -> None:
