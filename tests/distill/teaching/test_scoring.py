@@ -130,7 +130,7 @@ def test_a_server_that_fails_a_third_of_the_time_loses_nothing(way: str) -> None
     assert sorted(found) == list(range(40))
     for place in (0, 39):
         assert_same(found[place], plainly(asked[place], TOP))
-    assert one.scored and two.scored
+    assert one.requests and two.requests  # which of them answers is chance: one that fails often rests
     assert any("made again" in note for note in scorer.notes)
 
 
