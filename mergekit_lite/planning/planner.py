@@ -24,6 +24,7 @@ from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import REMEDY, MismatchError, MissingError, arranged
 from mergekit_lite.planning.modules import Modules, config_of_modules, outputs_of_modules
 from mergekit_lite.planning.plan import Job, Plan
+from mergekit_lite.planning.statistics import with_statistics
 from mergekit_lite.planning.token_numbers import SPECIAL_NUMBERS, with_numbers_of
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
 from mergekit_lite.planning.unions import examined, having_all_tokens
@@ -110,7 +111,11 @@ def make_plan(
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     if modules is not None:
         jobs += [making.outside(name) for name in modules.outside]
+    jobs, statistics, problems_of_statistics, notes_on_statistics = with_statistics(
+        recipe, jobs, opened_inputs, inputs, vocabulary is not None
+    )
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
+    problems += problems_of_statistics
     paths = tuple(map(output_path, outputs))
     is_folder = not is_single_file(paths[0])
     if recipe.out_dtype == block_fp8.NAME:
@@ -151,7 +156,7 @@ def make_plan(
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand: {REMEDY}" for text in foreign] + notes_on_tokens
     notes += [*(vocabulary.notes if vocabulary is not None else ()), *notes_on_config]
-    notes += notes_on_card
+    notes += notes_on_card + notes_on_statistics
     if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):
         plain = f"the output's files have no variant in their names: load it without variant={variants[0]!r}"
         notes += [f"{inputs[config_source].reference} is the variant {', '.join(variants)}; {plain}"] * is_folder
@@ -163,7 +168,8 @@ def make_plan(
     written = {"merge_method": recipe.merge_method, "text": text}
     return Plan(
         recipes=tuple(written if text else as_data(alone) for alone in recipe.for_outputs),
-        inputs=inputs,
+        inputs=(*inputs, *statistics),
+        statistics=len(statistics),
         config_source=config_source,
         jobs=tuple(jobs),
         left_out=tuple(_left_out(inputs, jobs, spare)),
@@ -380,7 +386,8 @@ def _left_out(
     read: list[set[str]] = [set() for _ in inputs]
     for job in jobs:
         for model, spec in zip(job.models, job.inputs, strict=True):
-            read[model].add(spec.name)
+            if model < len(inputs):  # not a file of statistics
+                read[model].add(spec.name)
     reasons = {job.name: f"{job.why}: copied from {inputs[job.models[0]].reference}" for job in jobs if job.why}
     reasons |= spare
     for number, source in enumerate(inputs):

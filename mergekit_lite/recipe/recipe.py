@@ -36,6 +36,7 @@ class Source:
     model: str  # its reference
     layers: tuple[int, int] | None = None  # the first layer and the one behind the last, or None for all
     parameters: Parameters = field(default_factory=dict)  # for this model alone
+    statistics: str | None = None  # the file of what was gathered of it on prompts
     at: Mark = field(default=NOWHERE, compare=False)
 
 
