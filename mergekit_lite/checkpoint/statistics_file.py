@@ -1,7 +1,7 @@
 """Statistics of a model on prompts in a safetensors file: Gram matrices of its layers' inputs, or Fisher information.
 
 The metadata's entry ``statistics`` is JSON: ``version``, ``kind``, the ``model``'s identity, how many ``tokens`` of how
-many ``examples`` were read, and a digest of them. The tensors are float32:
+many ``examples`` were read, a digest of them, and what the model was computed in. The tensors are float32:
 
     fisher   NAME, of the shape of the model's tensor NAME: the mean over examples of its squared gradient
     gram     MODULE.gram, square: XᵀX / tokens of the inputs X of linear layers. ``grams`` in the JSON names the matrix
@@ -47,6 +47,7 @@ class Statistics:
     tokens: int  # that were read, padding not counted
     examples: int
     digest: str  # of the tokens
+    computed: str  # the dtype and the kind of device that the model ran in
     grams: Mapping[str, Gram]  # by weight; empty for Fisher information
 
     def gram(self, weight: str) -> TensorSpec | None:
@@ -55,7 +56,7 @@ class Statistics:
 
 
 def metadata_of(
-    kind: Kind, model: Identity, tokens: int, examples: int, digest: str, grams: Mapping[str, Gram]
+    kind: Kind, model: Identity, tokens: int, examples: int, digest: str, computed: str, grams: Mapping[str, Gram]
 ) -> dict[str, str]:
     """Return the metadata of a file of statistics."""
     content = {
@@ -65,6 +66,7 @@ def metadata_of(
         "tokens": tokens,
         "examples": examples,
         "digest": digest,
+        "computed": computed,
         "grams": {weight: list(gram) for weight, gram in grams.items()},
     }
     return {KEY: json.dumps(content)}
@@ -86,7 +88,9 @@ def open_statistics(reference: str) -> Statistics:
     """
     path = Path(reference).expanduser()
     if not path.is_file():
-        raise CheckpointError(f"{reference}: is no file. `mergekit-lite statistics MODEL --prompts FILE -o OUT` writes it.")
+        raise CheckpointError(
+            f"{reference}: is no file: `mergekit-lite statistics MODEL --prompts FILE -o OUT` writes it."
+        )
     header = safetensors.read_header(path)
     if KEY not in header.metadata:
         raise CheckpointError(f"{reference}: holds no statistics: `mergekit-lite statistics` writes such files.")
@@ -97,7 +101,7 @@ def open_statistics(reference: str) -> Statistics:
         return _statistics(checkpoint, parse_json(header.metadata[KEY]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{reference}: what its header says of the statistics isn't as expected. It is damaged, or of a later version."
+            f"{reference}: its header doesn't describe statistics as expected. It is damaged, or of a later version."
         ) from error
 
 
@@ -113,6 +117,5 @@ def _statistics(file: Checkpoint, content: Any) -> Statistics:
     if any(spec.dtype != DTYPE for spec in file.tensors.values()):
         raise ValueError(DTYPE)
     tokens, examples = int(content["tokens"]), int(content["examples"])
-    return Statistics(
-        file, content["kind"], Identity(**content["model"]), tokens, examples, str(content["digest"]), grams
-    )
+    told = str(content["digest"]), str(content["computed"])
+    return Statistics(file, content["kind"], Identity(**content["model"]), tokens, examples, *told, grams)

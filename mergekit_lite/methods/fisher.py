@@ -10,8 +10,8 @@ model names its file by ``statistics``. The released code squares the gradient o
 batches of one example.
 
 ``epsilon`` is on the scale of F: where it is much larger than F, the merge is the average. Tensors that the files have
-no F of (buffers, say) are averaged. Everything is elementwise: it takes the memory of an average, and reads the files of
-statistics beside the models, four bytes for each parameter.
+no F of (buffers, say) are averaged. Everything is elementwise: it takes the memory of an average, and reads the files
+of statistics beside the models, four bytes for each parameter.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def merge_tensors(
     models = [{tensor_name: tensor} for tensor in tensors]
     beside = None if statistics is None else [{tensor_name: each} for each in statistics]
     options: dict[str, Any] = {"dtype": dtype, "seed": seed, "block": block}
-    return merge_states(name, bases, models, statistics=beside, gram_axis=gram_axis, **options, **parameters)[tensor_name]
+    options |= {"statistics": beside, "gram_axis": gram_axis}
+    return merge_states(name, bases, models, **options, **parameters)[tensor_name]
 
 
 def merge_states(
@@ -158,7 +159,7 @@ def _with_statistics(
     wanted = info.shape if is_fisher else (info.shape[gram_axis],) * 2
     for each in beside:
         if tuple(each.shape) != wanted:
-            raise UsageError(f"Tensor {info.name!r}: statistics of the shape {wanted} go with it, got {tuple(each.shape)}.")
+            raise UsageError(f"Tensor {info.name!r}: expected statistics of shape {wanted}, got {tuple(each.shape)}.")
     if is_fisher:
         return replace(info, fisher=True), beside, []
     return replace(info, gram_axis=gram_axis), [], [each.clone() for each in beside]

@@ -87,7 +87,10 @@ class TensorMerge:
             self._advance(total)
 
     def send_whole(self, take: Callable[[int], torch.Tensor]) -> None:
-        """Answer a request for the whole tensor, whose inputs ``take`` returns by number, 1-D, the base's first, Gram matrices last."""
+        """Answer a request for the whole tensor, whose inputs ``take`` returns by number, 1-D.
+
+        The base's is the first one; Gram matrices come last.
+        """
         assert self.request is not None and callable(self.request.of)
         with torch.inference_mode():
             self.send(self.request.of(_Taken(take, self.info), 0))  # type: ignore[arg-type]  # lazy, and large

@@ -96,7 +96,7 @@ def _opened(
     for source in (source for part in recipe.slices for source in part.sources):
         known = named.setdefault(source.model, source.statistics)
         if known != source.statistics:
-            problems.append(f"{source.model}: has the statistics {known} in one slice and {source.statistics} in another")
+            problems.append(f"{source.model}: has statistics {known} in one slice and {source.statistics} in another")
     beside: dict[int, _Beside] = {}
     for number, (model, was, now) in enumerate(zip(recipe.models, opened, inputs, strict=True)):
         if (reference := named.get(model)) is None:
