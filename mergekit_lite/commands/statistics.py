@@ -68,7 +68,7 @@ def command(
 
     screen = Screen(quiet=quiet or as_json, verbose=False)
     loaded = prompts_in(prompts, response)
-    with screen.progress("reading prompts") as progress:
+    with screen.progress("reading prompts", unit="tokens") as progress:
         gathered = gather_statistics(model, loaded, output, progress=progress, **options)
     for note in gathered.notes:
         screen.warn(note)

@@ -111,11 +111,9 @@ def make_plan(
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     if modules is not None:
         jobs += [making.outside(name) for name in modules.outside]
-    jobs, statistics, problems_of_statistics, notes_on_statistics = with_statistics(
-        recipe, jobs, opened_inputs, inputs, vocabulary is not None
-    )
+    jobs, statistics, unfit = with_statistics(recipe, jobs, opened_inputs, inputs, vocabulary is not None)
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
-    problems += problems_of_statistics
+    problems += unfit
     paths = tuple(map(output_path, outputs))
     is_folder = not is_single_file(paths[0])
     if recipe.out_dtype == block_fp8.NAME:
@@ -156,7 +154,7 @@ def make_plan(
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand: {REMEDY}" for text in foreign] + notes_on_tokens
     notes += [*(vocabulary.notes if vocabulary is not None else ()), *notes_on_config]
-    notes += notes_on_card + notes_on_statistics
+    notes += notes_on_card
     if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):
         plain = f"the output's files have no variant in their names: load it without variant={variants[0]!r}"
         notes += [f"{inputs[config_source].reference} is the variant {', '.join(variants)}; {plain}"] * is_folder

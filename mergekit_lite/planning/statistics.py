@@ -8,19 +8,18 @@ from typing import NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.statistics_file import CALLED, Statistics, open_statistics
-from mergekit_lite.errors import CheckpointError, counted
+from mergekit_lite.errors import CheckpointError
 from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import Recipe
 
 
 class WithStatistics(NamedTuple):
-    """Jobs with the statistics that their methods read, the files of these, what is wrong, and notes."""
+    """Jobs with the statistics that their methods read, the files of these, and what is wrong."""
 
     jobs: list[Job]
     files: tuple[Checkpoint, ...]
     problems: list[str]
-    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -61,27 +60,27 @@ def with_statistics(
         inputs: the same ones under the names of the output.
         rows_move: whether rows of embeddings and heads follow their tokens to other places.
     """
-    if not any(method_of(job) for job in jobs):
-        return WithStatistics(jobs, (), [], [])
+    if not any(kind_read(job) for job in jobs):
+        return WithStatistics(jobs, (), [])
     problems: list[str] = []
-    beside = _opened(recipe, opened, inputs, {method_of(job) for job in jobs} - {""}, problems)
-    if rows_move and any(method_of(job) == "fisher" for job in jobs):
+    beside = _opened(recipe, opened, inputs, {kind_read(job) for job in jobs} - {""}, problems)
+    if rows_move and any(kind_read(job) == "fisher" for job in jobs):
         problems.append("fisher: statistics don't follow rows of the vocabulary to other places: no tokenizer_source")
     if problems:
-        return WithStatistics(jobs, (), problems, [])
-    made = [_with(job, beside) if method_of(job) else job for job in jobs]
-    without = [job.name for job in made if method_of(job) and not (job.fisher or job.grams)]
-    notes = []
-    if without:
-        listed = ", ".join(without[:3]) + (", …" if len(without) > 3 else "")
-        notes.append(f"{counted(len(without), 'tensor')} without statistics in every model: averaged ({listed})")
+        return WithStatistics(jobs, (), problems)
+    made = [_with(job, beside) if kind_read(job) else job for job in jobs]
     files = {each.number: each.statistics.file for each in beside.values()}
-    return WithStatistics(made, tuple(files[number] for number in sorted(files)), [], notes)
+    return WithStatistics(made, tuple(files[number] for number in sorted(files)), [])
 
 
-def method_of(job: Job) -> str:
+def kind_read(job: Job) -> str:
     """Return the kind of statistics that a job's method reads; empty for none."""
     return METHODS[job.method].statistics if job.merged_elements else ""
+
+
+def is_averaged(job: Job) -> bool:
+    """Return whether a job's method reads statistics, and there are none of its tensor in all models."""
+    return bool(kind_read(job)) and not (job.fisher or job.grams)
 
 
 def _opened(
@@ -134,7 +133,7 @@ def _with(job: Job, beside: Mapping[int, _Beside]) -> Job:
     """Return a job with the statistics of its models, where all of them have some of its tensor."""
     own = [beside[model] for model in job.models]
     pairs = list(zip(own, job.inputs, strict=True))
-    if method_of(job) == "fisher":
+    if kind_read(job) == "fisher":
         found = [fisher for each, spec in pairs if (fisher := each.fisher(spec)) is not None]
         if len(found) < len(pairs) or job.merged_elements < job.numel:
             return job
