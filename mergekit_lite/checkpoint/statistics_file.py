@@ -80,13 +80,17 @@ def is_statistics(path: Path) -> bool:
         return False
 
 
-def open_statistics(reference: str) -> Statistics:
+def open_statistics(reference: str, place: Path | None = None) -> Statistics:
     """Open a file of statistics on this machine; only its header is read.
+
+    Args:
+        reference: the text that names it: its path.
+        place: where it is now, if elsewhere.
 
     Raises:
         CheckpointError: it isn't there, is damaged, or holds something else.
     """
-    path = Path(reference).expanduser()
+    path = place or Path(reference).expanduser()
     if not path.is_file():
         raise CheckpointError(
             f"{reference}: is no file: `mergekit-lite statistics MODEL --prompts FILE -o OUT` writes it."

@@ -111,7 +111,9 @@ def make_plan(
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     if modules is not None:
         jobs += [making.outside(name) for name in modules.outside]
-    jobs, statistics, unfit = with_statistics(recipe, jobs, opened_inputs, inputs, vocabulary is not None)
+    jobs, statistics, unfit = with_statistics(
+        recipe, jobs, opened_inputs, inputs, opened or {}, rows_move=vocabulary is not None
+    )
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
     problems += unfit
     paths = tuple(map(output_path, outputs))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
+from mergekit_lite.checkpoint.naming.alignment import unwrapped
 from mergekit_lite.checkpoint.statistics_file import CALLED, Statistics, open_statistics
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.methods import METHODS
@@ -28,7 +29,7 @@ class _Beside:
 
     statistics: Statistics
     number: int  # of their file among the plan's inputs
-    names: Mapping[tuple[object, int], str]  # the names that tensors had when the model was opened, by their places
+    names: Mapping[tuple[object, int], str]  # the names that tensors have where the model is read by itself
 
     def weight(self, spec: TensorSpec) -> str:
         """Return the name that the statistics know a tensor by."""
@@ -49,7 +50,13 @@ class _Beside:
 
 
 def with_statistics(
-    recipe: Recipe, jobs: list[Job], opened: Sequence[Checkpoint], inputs: Sequence[Checkpoint], rows_move: bool
+    recipe: Recipe,
+    jobs: list[Job],
+    opened: Sequence[Checkpoint],
+    inputs: Sequence[Checkpoint],
+    already: Mapping[str, Checkpoint],
+    *,
+    rows_move: bool,
 ) -> WithStatistics:
     """Return a plan's jobs with the statistics of their models.
 
@@ -58,19 +65,25 @@ def with_statistics(
         jobs: of the recipe.
         opened: its models as they were opened.
         inputs: the same ones under the names of the output.
+        already: files that are open already, by reference.
         rows_move: whether rows of embeddings and heads follow their tokens to other places.
     """
     if not any(kind_read(job) for job in jobs):
         return WithStatistics(jobs, (), [])
     problems: list[str] = []
-    beside = _opened(recipe, opened, inputs, {kind_read(job) for job in jobs} - {""}, problems)
+    models = list(zip(recipe.models, opened, inputs, strict=True))
+    beside = _opened(recipe, models, already, {kind_read(job) for job in jobs} - {""}, problems)
     if rows_move and any(kind_read(job) == "fisher" for job in jobs):
         problems.append("fisher: statistics don't follow rows of the vocabulary to other places: no tokenizer_source")
     if problems:
         return WithStatistics(jobs, (), problems)
     made = [_with(job, beside) if kind_read(job) else job for job in jobs]
+    if all(map(is_averaged, filter(kind_read, made))):
+        problems.append(
+            "no tensor has statistics in every model, so all would only be averaged: see merge_method: linear"
+        )
     files = {each.number: each.statistics.file for each in beside.values()}
-    return WithStatistics(made, tuple(files[number] for number in sorted(files)), [])
+    return WithStatistics(made, tuple(files[number] for number in sorted(files)), problems)
 
 
 def kind_read(job: Job) -> str:
@@ -85,8 +98,8 @@ def is_averaged(job: Job) -> bool:
 
 def _opened(
     recipe: Recipe,
-    opened: Sequence[Checkpoint],
-    inputs: Sequence[Checkpoint],
+    models: Sequence[tuple[str, Checkpoint, Checkpoint]],
+    already: Mapping[str, Checkpoint],
     kinds: set[str],
     problems: list[str],
 ) -> dict[int, _Beside]:
@@ -97,18 +110,19 @@ def _opened(
         if known != source.statistics:
             problems.append(f"{source.model}: has statistics {known} in one slice and {source.statistics} in another")
     beside: dict[int, _Beside] = {}
-    for number, (model, was, now) in enumerate(zip(recipe.models, opened, inputs, strict=True)):
+    for number, (model, was, now) in enumerate(models):
         if (reference := named.get(model)) is None:
             problems.append(f"{model}: {' and '.join(sorted(kinds))} statistics are missing: name its 'statistics'")
             continue
         try:
-            statistics = open_statistics(reference)
+            statistics = open_statistics(reference, already[reference].path if reference in already else None)
             problems += _misfit(statistics, was, kinds)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        names = {} if was is now else {(spec.file, spec.offset): name for name, spec in was.tensors.items()}
-        beside[number] = _Beside(statistics, len(inputs) + len(beside), names)
+        own = unwrapped(was)  # as it is read by itself
+        names = {} if own is now else {(spec.file, spec.offset): name for name, spec in own.tensors.items()}
+        beside[number] = _Beside(statistics, len(models) + len(beside), names)
     return beside
 
 

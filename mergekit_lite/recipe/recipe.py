@@ -183,6 +183,12 @@ class Recipe:
         return tuple(dict.fromkeys([*listed, *([self.base_model] if self.base_model else [])]))
 
     @property
+    def statistics(self) -> tuple[str, ...]:
+        """Every file of statistics that is read, once."""
+        named = (source.statistics for part in self.slices for source in part.sources)
+        return tuple(dict.fromkeys(each for each in named if each is not None))
+
+    @property
     def config_source(self) -> str:
         """The model that gives config and tokenizer: the base, else the first one; the one that ExPO continues."""
         if METHODS[self.merge_method].config_source == "model":

@@ -141,7 +141,7 @@ def kill_after_three() -> None:
     working_file.WorkingFile.write = written_or_killed  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("kind", [(), ("--fisher",)])
+@pytest.mark.parametrize("kind", [(), pytest.param(("--fisher",), marks=pytest.mark.slow)])
 def test_a_killed_command_goes_on(place: Path, tmp_path: Path, kind: tuple[str, ...]) -> None:
     words = ("statistics", place / "llama", "--prompts", place / "prompts.jsonl", "--memory", "1", *kind)
     undisturbed = run(tmp_path, *words, "-o", "whole.safetensors", "--json")
