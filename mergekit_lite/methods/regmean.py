@@ -95,7 +95,7 @@ def _solution(
         return first + mean / sum(weight)
     grams.diagonal().add_(least * sum(weight))
     factor, failed = torch.linalg.cholesky_ex(grams)
-    if int(failed):
+    if bool(failed):
         raise RunError(f"{info.name}: its Gram matrices are not positive definite. Take a larger ridge than {ridge:g}.")
     return first + torch.cholesky_solve(wanted.add_(mean, alpha=least), factor)
 
