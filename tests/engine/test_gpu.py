@@ -108,9 +108,10 @@ CASES: dict[str, dict[str, Any]] = {
 # What depends on sums of floats, so that a device that adds in another order gives other last bits; and what is made by
 # a method's own function, which is taken to do so too.
 SUMMED = {
-    "arcee_fusion", "breadcrumbs_ties", "cart", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c", "iso_cts", "karcher", "model_stock", "model_stock rows", "multislerp", "nuslerp",
-    "nuslerp rows", "nuslerp columns", "relex", "sce", "sce some", "sce fusechat", "slerp", "ties rescaled",
-    "tsv", "tsv lossless", "varm", "varm element", "varm warm", "wudi",
+    "arcee_fusion", "breadcrumbs_ties", "cart", "dare_linear", "dare_ties", "della", "geometric_median", "iso_c",
+    "iso_cts", "karcher", "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns",
+    "relex", "sce", "sce some", "sce fusechat", "slerp", "ties rescaled", "tsv", "tsv lossless", "varm", "varm element",
+    "varm warm", "wudi",
 }  # fmt: skip
 BY_LENGTH = {"breadcrumbs_ties", "dare_linear", "dare_ties", "della", "ties rescaled"}  # of those, by rescaling alone
 BY_THREE = ("geometric_median", "sce")
