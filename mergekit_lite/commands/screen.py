@@ -132,7 +132,7 @@ class Screen:
     ) -> Iterator[Callable[[int, int], None] | None]:
         """Show a bar with rate and time left on a terminal, elsewhere a line now and then.
 
-        Of each machine of a ``crew`` its rate is shown, too. What is counted are bytes, or so many of a ``unit``.
+        Of each machine of a ``crew`` its rate is shown, too. What is counted are bytes, or a ``unit``.
         """
         if self.quiet:
             yield None

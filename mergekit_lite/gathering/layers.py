@@ -19,7 +19,7 @@ TOKENS = 8  # of an example that the layers are found with
 
 @dataclass(frozen=True)
 class Inputs:
-    """What some linear layers read: the same of all."""
+    """What some linear layers read together."""
 
     name: str  # of its Gram matrix
     module: Any  # the first of them that reads it
