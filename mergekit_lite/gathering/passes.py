@@ -99,7 +99,7 @@ class Parameter:
     @property
     def nbytes(self) -> int:
         """Bytes of memory for its sums and its gradient."""
-        return int(self.values.numel()) * (FISHER + self.values.element_size())
+        return int(self.values.numel() * (FISHER + self.values.element_size()))
 
 
 def parameters_of(built: Built) -> list[Parameter]:

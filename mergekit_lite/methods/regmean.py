@@ -19,7 +19,7 @@ Gram matrices at a time, which the plan's figure of memory counts; fewer ``--thr
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import RunError
@@ -60,11 +60,11 @@ def _solved(info: TensorInfo, axis: int, weight: tuple[float, ...], non_diagonal
         merged = _solution(info, block, axis, weight, non_diagonal, ridge)
         return (merged.mT if axis == 1 else merged).reshape(-1)
 
-    whole = yield Reduction(solution, held=6 * info.numel + 3 * info.shape[axis] ** 2)
+    whole: Any = yield Reduction(solution, held=6 * info.numel + 3 * info.shape[axis] ** 2)
 
     def merged(block: Block, start: int) -> torch.Tensor:
-        part = whole[start : start + block[0].numel()]
-        return part.to(block[0].dtype)  # type: ignore[attr-defined]
+        part: torch.Tensor = whole[start : start + block[0].numel()]
+        return part.to(block[0].dtype)
 
     return merged
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
@@ -29,7 +30,7 @@ class _Beside:
 
     statistics: Statistics
     number: int  # of their file among the plan's inputs
-    names: Mapping[tuple[object, int], str]  # the names that tensors have where the model is read by itself
+    names: Mapping[tuple[Path, int], str]  # the names that tensors have where the model is read by itself
 
     def weight(self, spec: TensorSpec) -> str:
         """Return the name that the statistics know a tensor by."""
