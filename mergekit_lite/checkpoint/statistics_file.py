@@ -50,6 +50,19 @@ class Statistics:
     computed: str  # the dtype and the kind of device that the model ran in
     grams: Mapping[str, Gram]  # by weight; empty for Fisher information
 
+    def facts(self) -> dict[str, Any]:
+        """Return what there is to know of the file, as plain data."""
+        return {
+            "statistics": CALLED[self.kind],
+            "model": self.model.reference,
+            "tensors": len(self.file.tensors),
+            "bytes": sum(spec.nbytes for spec in self.file.tensors.values()),
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "computed in": self.computed,
+            "for": "merge_method: regmean" if self.kind == "gram" else "merge_method: fisher",
+        }
+
     def gram(self, weight: str) -> TensorSpec | None:
         """Return the Gram matrix of a weight's inputs, if there is one."""
         return self.file.tensors[self.grams[weight].name] if weight in self.grams else None

@@ -40,9 +40,12 @@ def prompts_in(files: Iterable[Path], response: str = RESPONSE) -> LoadedPrompts
     """Read the prompts of files; ``response`` is the column of the responses to them.
 
     Raises:
-        UsageError: a file can't be read, or has no column with prompts.
+        UsageError: a file can't be read, or has no column with prompts; or no row has the column that was named.
     """
-    return load(Prompts(path=path, columns={"reference": response}) for path in files)
+    loaded = load(Prompts(path=path, columns={"reference": response}) for path in files)
+    if response != RESPONSE and not any(prompt.reference for prompt in loaded.prompts):
+        raise UsageError(f"No row has a response in the column {response!r}, which --response names.")
+    return loaded
 
 
 def examples_of(prompts: Sequence[Prompt], tokenizer: Any, context: int | None, needs_response: bool) -> Examples:

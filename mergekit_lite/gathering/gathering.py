@@ -116,19 +116,20 @@ def gather_statistics(
     device = chosen_device(device)
     source = open_checkpoint(str(model))
     from mergekit_lite.gathering.working_file import WorkingFile  # with torch, as what follows
-    from mergekit_lite.resident.model import tokenizer_of
+    from mergekit_lite.resident.model import build, tokenizer_of
+    from mergekit_lite.resident.weights import Weights
     from mergekit_lite.resident.whole import check_memory, check_tokens, plan_of_whole
-    from mergekit_lite.resident.whole import loaded as loaded_model
 
     plan = plan_of_whole(source, device)
     check_memory(plan, device, INSTEAD)
     tokenizer = tokenizer_of(plan)
     if loaded.problems and not loaded.prompts:
         raise UsageError(listing("No prompt can be read", loaded.problems))
-    built = loaded_model(plan, device, threads)
+    built = build(plan, device)
     examples = examples_of(loaded.prompts[:limit], tokenizer, context_of(built.model), needs_response=fisher)
     numbers = [[*row.prompt, *row.response] for row in examples.rows]
     check_tokens(numbers, len(built.model.get_input_embeddings().weight), source.reference)
+    Weights(built, device, threads).set(plan)
     most = memory or _room(device)
     work = (_fisher if fisher else _grams)(built, source, examples, device, most, batch_size)
     with WorkingFile(path, work.tensors, work.metadata, force=force) as file:

@@ -12,9 +12,9 @@ To every G is added λ·I with λ = ridge·trace(Σ w·G) / (d·Σ w), d being t
 there, by Cholesky's factors in float64, and inputs that no model ever saw get the average. The released code adds
 nothing and inverts: with fewer tokens than inputs, its matrix is singular.
 
-Tensors without a Gram matrix (embeddings, heads tied to them, norms, biases, experts in one tensor) are averaged with
-the models' weights. Of layers stored transposed (GPT-2's Conv1D) the file says so. A worker holds one matrix and its
-Gram matrices at a time, which the plan's figure of memory counts; fewer ``--threads`` take less.
+Tensors without a Gram matrix (embeddings, heads tied to them, norms, biases, experts and their routers) are averaged
+with the models' weights. Of layers stored transposed (GPT-2's Conv1D) the file says so. A worker holds one matrix and
+its Gram matrices at a time, which the plan's figure of memory counts; fewer ``--threads`` take less.
 """
 
 from __future__ import annotations

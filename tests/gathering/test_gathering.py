@@ -182,7 +182,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path:
     for wrong, text in (
         ({"prompts": [tmp_path / "empty.jsonl"]}, "No prompts"),
         ({"prompts": [place / "bare.jsonl"], "fisher": True}, "6 of 6 prompts have no response"),
-        ({"fisher": True, "response": "answer"}, "the column 'reference', or the one that --response names"),
+        ({"response": "answer"}, "No row has a response in the column 'answer', which --response names"),
         ({"output": tmp_path / "out.pt"}, "give the output a name that ends so"),
         ({"output": tmp_path / "none" / "out.safetensors"}, "its folder is not there"),
         ({"output": tmp_path / "there.safetensors"}, "exists"),
