@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         plan_extrapolation,
         plan_run_extrapolation,
     )
+    from mergekit_lite.gathering.gathering import Gathered, gather_statistics
     from mergekit_lite.merging import merge, plan_merge
     from mergekit_lite.methods import merge_states, merge_tensors
     from mergekit_lite.mixtures.building.building import build_moe
@@ -58,13 +59,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings", "Finished",
-    "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed", "Pushed",
-    "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
+    "Gathered", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed",
+    "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
     "build_moe", "combine_adapters", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate",
-    "extrapolate_run", "inspect", "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors",
-    "open_checkpoint", "plan_extrapolation", "plan_merge", "plan_run_extrapolation", "preview", "prune_experts", "push",
-    "run", "split_experts", "transplant",
-    "upcycle", "verify",
+    "extrapolate_run", "gather_statistics", "inspect", "make_plan", "merge", "merge_experts", "merge_states",
+    "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge", "plan_run_extrapolation", "preview",
+    "prune_experts", "push", "run", "split_experts", "transplant", "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
@@ -77,6 +77,7 @@ _NAMES = {  # by the module that has them
     "distillation.reporting.findings": ("Findings",),
     "engine.run": ("Finished", "RunOptions", "run"),
     "errors": ("CheckpointError", "MergekitLiteError", "NonFiniteError", "PlanError", "RunError", "UsageError"),
+    "gathering.gathering": ("Gathered", "gather_statistics"),
     "extrapolation": ("extrapolate", "extrapolate_run", "plan_extrapolation", "plan_run_extrapolation"),
     "merging": ("merge", "plan_merge"),
     "methods": ("merge_states", "merge_tensors"),

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ from mergekit_lite.multimerge import plan_documents
 from mergekit_lite.recipe.documents import parse_documents
 from tests.adapters import lora, write_adapter
 from tests.models import read_folder, same_bytes, state, tuned, write_folder
+from tests.statistics_files import write_those_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECIPES = (DOCS / "recipes.md").read_text(encoding="utf-8")
@@ -53,13 +55,16 @@ def test_the_page_on_security_names_tests_that_exist() -> None:
 
 
 def test_the_examples_are_found() -> None:
-    assert len(EXAMPLES) == RECIPES.count("```yaml") == 9
+    assert len(EXAMPLES) == RECIPES.count("```yaml") == 10
     assert len(COMMANDS) == 3
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run_without_a_note(name: str, place: Path) -> None:
-    documents = parse_documents((place / name).read_text(encoding="utf-8"), name)
+    text = (place / name).read_text(encoding="utf-8")
+    if "statistics:" in text:
+        write_those_of(yaml.safe_load(text))
+    documents = parse_documents(text, name)
     for plan in [step.plan for step in plan_documents(documents, "out")]:
         assert plan.notes == ()
     mergekit_lite.merge(name, "out")

@@ -14,7 +14,7 @@ Entries are the same with the compiled kernels and without, for any threads, and
 only ones that another CPU or LAPACK might change are the low-rank formats of ``vectors`` (``lowrank``, ``energy``,
 ``lora`` and ``applied-low``), which hold singular vectors, and those of methods that compute sums, angles or roots with
 torch in float32: ``karcher``, ``geometric_median``, ``multislerp``, ``nuslerp``, ``slerp``, ``varm`` and ``sce``;
-``relex``, by an eigenvector; and the methods by singular vectors, such as ``iso_c``.
+``relex``, by an eigenvector; the methods by singular vectors, such as ``iso_c``; and ``regmean``, by Cholesky.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import mergekit_lite
 from mergekit_lite.commands import main
 from tests.adapters import PREFIX, write_adapter
 from tests.models import State, write_folder
+from tests.statistics_files import write_those_of
 
 RECORD = Path(__file__).with_name("golden.json")
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "methods").glob("*.yml"))
@@ -127,6 +128,7 @@ def methods(dtype: str, threads: int) -> None:
         names = dict.fromkeys([recipe.get("base_model", "org/base"), *(source["model"] for source in sources)])
         layers = max([6, *(source["layer_range"][1] for source in sources if "layer_range" in source)])
         write_models(list(names), shapes(layers), dtype)
+        write_those_of(recipe)
         merge(recipe, f"out/{file.stem}", threads=threads)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import mergekit_lite
 from mergekit_lite.engine import schedule, tiling
@@ -16,6 +17,7 @@ from mergekit_lite.errors import MergekitLiteError, PlanError
 from mergekit_lite.methods import METHODS, Method
 from tests.models import State, read_folder, same_bytes, state, tree_bytes, tuned, write_folder
 from tests.processes import run
+from tests.statistics_files import write_those_of
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
 # What can't be left at a value that suits every parameter of the name.
@@ -113,7 +115,13 @@ def test_every_method_streams_to_what_it_gives_in_memory(
     method = METHODS[name]
     recipe, parameters, count = recipe_for(method, place)
     parameters |= more
-    steps = {"step": STEPS} if "step" in method.parameters else {}
+    steps: dict[str, Any] = {"step": STEPS} if "step" in method.parameters else {}
+    for model in recipe["models"] if method.statistics else ():
+        model["statistics"] = str(tmp_path / f"{Path(model['model']).name}.safetensors")
+    write_those_of(recipe)
+    if method.statistics:
+        beside = [load_file(model["statistics"]) for model in recipe["models"]]
+        steps["statistics"] = [{n.replace(".gram", ".weight"): part for n, part in own.items()} for own in beside]
     got = merged(recipe, tmp_path / "one", threads=1)
     again = merged(recipe, tmp_path / "five", threads=5, block=1 << 16)
     assert all(same_bytes(got[tensor], again[tensor]) for tensor in got)

@@ -34,6 +34,7 @@ from mergekit_lite.prediction.costs import Costs
 from mergekit_lite.prediction.made_up import DIFFERENT
 from mergekit_lite.prediction.prediction import busiest_share
 from tests.models import state, tuned, write_folder
+from tests.statistics_files import write_those_of
 from tests.test_memory import children, held
 
 GB = 1e9
@@ -215,10 +216,16 @@ def test_every_method_can_be_measured(tmp_path: Path, method: str) -> None:
     steps = [{"parameters": {"step": number}} if method == "relex" else {} for number in range(1, 1 + count)]
     content = {
         "merge_method": method,
-        "models": [{"model": str(tmp_path / name)} | of for name, of in zip(names[1:], steps, strict=True)],
+        "models": [
+            {"model": str(tmp_path / name)}
+            | of
+            | ({"statistics": str(tmp_path / f"{name}.safetensors")} if about.statistics else {})
+            for name, of in zip(names[1:], steps, strict=True)
+        ],
         "parameters": numbers,
         **({"base_model": str(tmp_path / "base")} if with_base else {}),
     }
+    write_those_of(content)
     (tmp_path / "r.yml").write_text(json.dumps(content))
     told = predict(plan_merge(tmp_path / "r.yml", tmp_path / "merged"), Cluster(2), started=0.0)
     assert 0 < told.seconds < 60 and told.processor > 0

@@ -93,6 +93,12 @@ class Ledger(Generic[K]):
         self._places = {}
         self._finished = tuple(self._take(self.path))
 
+    def discard(self) -> None:
+        """Remove the rows of an unfinished file: what they were kept for is done."""
+        self.close()
+        self.partial.unlink(missing_ok=True)
+        self._lock_file.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Release the file to other processes."""
         if self._appending is not None:

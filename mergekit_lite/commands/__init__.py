@@ -26,6 +26,7 @@ COMMANDS = {  # with what help says of each in a line
     "plan": "Print what a recipe would do.",
     "verify": "Check an output against its manifest.",
     "methods": "List the merge methods, or describe one.",
+    "statistics": "Gather what merges with activations need.",
     "inspect": "Show what a model is made of.",
     "compare": "Show what models changed in their base.",
     "upcycle": "Make a mixture of experts of a dense model.",
@@ -41,10 +42,12 @@ RESUMED = {  # commands that go on by themselves where they stopped, with what a
     "distill": "What was finished is kept: the same command goes on.",
     "boost": "What was measured is kept: the same command goes on.",
     "push": "What was uploaded is kept: the same command goes on.",
+    "statistics": "What was finished is kept: the same command goes on.",
 }
 ONLY_PRINT = ("plan", "methods", "inspect", "compare", "preview")  # commands that have failed if nobody could read them
 LEFT_AT_ONCE = (
     "extrapolate", "merge", "upcycle", "plan", "verify", "methods", "inspect", "compare", "vector", "tokenizer", "moe",
+    "statistics",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mergekit_lite.commands.json_output import shown
 from mergekit_lite.errors import counted
 from mergekit_lite.planning import Job, Plan
+from mergekit_lite.planning.statistics import is_averaged
 from mergekit_lite.recipe.layers import place
 
 MOST_TURNS = 7  # values of a gradient that are shown
@@ -63,7 +64,7 @@ def groups(plan: Plan) -> list[Group]:
 
 def _alike(job: Job) -> Hashable:
     stored = frozenset([spec.stored_dtype for spec in job.inputs])
-    return job.method, job.why, 0 < job.merged_elements < job.numel, job.dtype, stored
+    return job.method, job.why, 0 < job.merged_elements < job.numel, job.dtype, stored, is_averaged(job)
 
 
 def _numbers(job: Job) -> Hashable:
@@ -90,7 +91,8 @@ def _what(run: _Run) -> str:
         along = {name: [job.parameters[number].get(name) for job in jobs] for name in parameters}
         of_outputs.append(", ".join(f"{name} {_values(values)}" for name, values in along.items()))
     layers = f" along {counted(len(jobs), 'layer')}" if len(jobs) > 1 else ""
-    rows = ", new rows copied" if first.merged_elements < first.numel else ""
+    rows = ", no statistics: averaged" if is_averaged(first) else ""
+    rows += ", new rows copied" if first.merged_elements < first.numel else ""
     return f"{first.method} {' | '.join(of_outputs)}".rstrip() + layers + rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from mergekit_lite.commands import running
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.comparison.inspection import Inspection
-    from mergekit_lite.distillation.teaching.files import TaughtFile
 
 
 @click.command(
@@ -24,6 +24,7 @@ Examples:
   mergekit-lite inspect ./model --stats -v
   mergekit-lite inspect org/name --json
   mergekit-lite inspect out/teach/NAME   (what a teacher said)
+  mergekit-lite inspect gram.safetensors   (what statistics were gathered)
   mergekit-lite inspect hf://org/name --stats   (read by range, nothing stored; s3://, gs://, az://, https:// too)
 """,
 )
@@ -37,8 +38,9 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
     """Show what MODEL is made of, and what looks wrong with it: from headers alone, unless --stats is given.
 
     MODEL is a folder, a .safetensors, .gguf or torch file, or a hub repository. What looks wrong is a hint, no
-    error: the exit code is 0. It may be a folder of what a teacher said, too.
+    error: the exit code is 0. It may be a folder of what a teacher said, or a file of statistics, too.
     """
+    from mergekit_lite.checkpoint.statistics_file import is_statistics, open_statistics
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.comparison.inspection import inspect
@@ -46,7 +48,10 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
 
     screen = Screen(quiet=as_json, verbose=verbose)
     if is_taught(Path(model)):
-        _show_taught(screen, TaughtFile(model), as_json)
+        _show_facts(screen, TaughtFile(model).facts(), as_json)
+        return
+    if is_statistics(Path(model)):
+        _show_facts(screen, open_statistics(model).facts(), as_json)
         return
     with screen.progress("reading") as progress:
         inspection = inspect(model, stats=stats, threads=threads, progress=progress, processes=running.PROCESSES)
@@ -56,11 +61,10 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
         _show(screen, inspection)
 
 
-def _show_taught(screen: Screen, file: TaughtFile, as_json: bool) -> None:
+def _show_facts(screen: Screen, facts: Mapping[str, Any], as_json: bool) -> None:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.plain_text import plain_line
 
-    facts = file.facts()
     if as_json:
         click.echo(json.dumps(facts, indent=1, allow_nan=False))
         return

@@ -12,6 +12,7 @@ from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.remote import spool_bytes
 from mergekit_lite.output.companions import companions, what_is_missing
+from mergekit_lite.planning.statistics import is_averaged
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.ray_workers import Cluster
@@ -76,7 +77,8 @@ def what_happens(plan: Plan, job: Job) -> str:
     if not job.merged_elements:
         return f"copy ({job.why})" if job.why else "copy"
     numbers = " | ".join(", ".join(f"{k} {shown(v)}" for k, v in values.items()) for values in job.parameters)
-    return f"{job.method} {numbers}" + (", new rows copied" if job.merged_elements < job.numel else "")
+    averaged = ", no statistics: averaged" if is_averaged(job) else ""
+    return f"{job.method} {numbers}{averaged}" + (", new rows copied" if job.merged_elements < job.numel else "")
 
 
 def shown(value: Any) -> str:

@@ -203,7 +203,7 @@ def _usage(
     for problem in loaded.problems:
         screen.warn(f"left out: {problem}")
     device, threads = chosen_devices(run_options["device"])[0], run_options["threads"]
-    with screen.progress("reading prompts") as progress:
+    with screen.progress("reading prompts", unit="tokens") as progress:
         return measured(mixture, loaded.prompts[:limit], experts, device=device, threads=threads, progress=progress)
 
 

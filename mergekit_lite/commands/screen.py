@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -127,22 +128,23 @@ class Screen:
 
     @contextmanager
     def progress(
-        self, what: str = "merging", crew: Cluster | None = None
+        self, what: str = "merging", crew: Cluster | None = None, unit: str = ""
     ) -> Iterator[Callable[[int, int], None] | None]:
         """Show a bar with rate and time left on a terminal, elsewhere a line now and then.
 
-        Of each machine of a ``crew`` its rate is shown, too.
+        Of each machine of a ``crew`` its rate is shown, too. What is counted are bytes, or a ``unit``.
         """
         if self.quiet:
             yield None
         elif self.err.is_terminal:
-            columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            counts = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(), TransferSpeedColumn())
+            columns = (TextColumn(what), BarColumn(), *counts, TimeRemainingColumn())
             with _ProgressOfNodes(*columns, console=self.err, transient=True) as bar:
                 bar.crew = crew
                 task = bar.add_task(what, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
         else:
-            yield _plain_progress(crew)
+            yield _plain_progress(crew, unit)
 
     def finished(self, plan: Plan, finished: Finished) -> None:
         """Print the outputs, and what became of alpha."""
@@ -298,7 +300,7 @@ def _rates(crew: Cluster | None) -> list[str]:
     return lines + [f"… and {len(nodes) - SHOWN_NODES:,} more"] * (len(nodes) > SHOWN_NODES)
 
 
-def _plain_progress(crew: Cluster | None = None) -> Callable[[int, int], None]:
+def _plain_progress(crew: Cluster | None = None, unit: str = "") -> Callable[[int, int], None]:
     started = last = time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -308,7 +310,8 @@ def _plain_progress(crew: Cluster | None = None) -> Callable[[int, int], None]:
             last = now
             rate = done / (now - started)
             left = (total - done) / rate
-            line = f"{done / total:4.0%}  {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
+            counts = f"{done:,} of {total:,} {unit}" if unit else f"{size(done)} of {size(total)}  {size(rate)}/s"
+            line = f"{done / total:4.0%}  {counts}  {left:.0f} s left"
             print("; ".join([line, *_rates(crew)]), file=sys.stderr)
 
     return show

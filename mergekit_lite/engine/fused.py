@@ -85,8 +85,8 @@ class MadeByJob(Made):
         """Return the merge with its statistics, for which the tensor is read once more for each pass."""
         merge = self.merge
         if merge.request is not None:
-            widest = max(dtypes.size(spec.dtype) for spec in self.inputs)
-            merge.prepare(WorkerBuffers(CPU, len(self.inputs), (CHUNK + 2 * merge.row) * widest), reader)
+            room = (CHUNK + 2 * merge.row) * merge.widest_input
+            merge.prepare(WorkerBuffers(CPU, len(self.inputs), room), reader)
         return merge
 
     def _copy(self, reader: Reader, start: int, end: int, out: memoryview) -> None:

@@ -27,9 +27,9 @@ class JobMerge(TensorMerge):
     def __init__(self, plan: Plan, job: Job, output: int, offset: int, extent: int) -> None:
         self.job = job
         self.method = method_named(job.method)
-        models = len(job.inputs) - job.has_base
-        arguments = self.method.resolve(job.parameters[output], models, job.has_base)
-        info = TensorInfo(job.name, job.shape, models, job.has_base, plan.seed, offset, extent)
+        arguments = self.method.resolve(job.parameters[output], job.merges, job.has_base)
+        beside = (job.fisher, job.gram_axis if job.grams else None)
+        info = TensorInfo(job.name, job.shape, job.merges, job.has_base, plan.seed, offset, extent, *beside)
         kinds = [*(spec.dtype for spec in job.inputs), job.computed_dtype]
         self._made_of = (plan, job, output, offset, extent)
         self._answered: list[tuple[Reduction, Totals]] = []  # what was requested, and sent
@@ -63,7 +63,7 @@ class JobMerge(TensorMerge):
     @property
     def widest_input(self) -> int:
         """Bytes of an element of the widest input."""
-        return max(dtypes.size(spec.dtype) for spec in self.job.inputs)
+        return max(dtypes.size(spec.dtype) for spec in (*self.job.inputs, *self.job.grams))
 
     def bytes_to_sum(self, begin: int, end: int) -> int:
         """Return the bytes read for one section of the requested sums."""
@@ -114,11 +114,19 @@ class JobMerge(TensorMerge):
                 self.send(joined(self.sum(buffers, reader, *section) for section in self.sections()))
 
     def _whole(self, buffers: WorkerBuffers, reader: Reader, number: int) -> torch.Tensor:
-        """Return all elements of an input, in float64 on the worker's device; 0 is the base where there is one."""
-        index = (number - 1) % len(self.job.inputs) if self.job.has_base else number
-        spec = self.job.inputs[index]
-        whole = torch.empty(self.job.numel, dtype=torch.float64, device=buffers.device)
-        for start, count in cut(0, self.job.numel, CHUNK):
+        """Return all elements of an input, in float64 on the worker's device; 0 is the base where there is one.
+
+        Behind the inputs come the Gram matrices.
+        """
+        inputs = len(self.job.inputs)
+        if number >= inputs:
+            index, spec = 0, self.job.grams[number - inputs]
+            numel = spec.numel
+        else:
+            index = (number - 1) % inputs if self.job.has_base else number
+            spec, numel = self.job.inputs[index], self.job.numel
+        whole = torch.empty(numel, dtype=torch.float64, device=buffers.device)
+        for start, count in cut(0, numel, CHUNK):
             chunk = buffers.read(reader, index, spec, start, count)
             whole[start : start + count].copy_(torch.frombuffer(chunk, dtype=dtypes.torch_dtype(spec.dtype)))
             buffers.wait()

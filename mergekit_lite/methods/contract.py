@@ -38,6 +38,9 @@ class TensorInfo:
         seed: of everything random.
         offset: elements in the tensors before this one, in the order of the plan: an element's place in the model.
         extent: elements in all tensors of the plan.
+        fisher: whether a block ends with the Fisher information of each model, in the order of the models.
+        gram_axis: where a Gram matrix of the inputs of each model's layer is there, the tensor's axis that meets those
+            inputs; else None. The matrices follow the inputs of a whole tensor: float64, square, of that axis's size.
     """
 
     name: str
@@ -47,6 +50,8 @@ class TensorInfo:
     seed: int = 0
     offset: int = 0
     extent: int = 0
+    fisher: bool = False
+    gram_axis: int | None = None
 
     @property
     def numel(self) -> int:

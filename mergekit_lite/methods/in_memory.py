@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -25,6 +26,8 @@ def merge_tensors(
     tensor_name: str = "",
     seed: int = 0,
     block: int = BLOCK,
+    statistics: Sequence[torch.Tensor] | None = None,
+    gram_axis: int = 1,
     **parameters: Any,
 ) -> torch.Tensor:
     """Merge one tensor by the method ``name``.
@@ -37,6 +40,9 @@ def merge_tensors(
         tensor_name: enters the draws of random methods, and which group a tensor belongs to.
         seed: of random methods.
         block: elements merged at once; no bit of the result depends on it.
+        statistics: for methods that need some (``fisher``, ``regmean``) what is known of each model: its Fisher
+            information, of the tensor's shape; or a Gram matrix of its layer's inputs. Without, models are averaged.
+        gram_axis: the tensor's axis that meets the inputs of the Gram matrices; 0 where it is stored transposed.
         **parameters: the method's; what differs by model as a list, a single number serves all.
 
     Returns:
@@ -48,7 +54,10 @@ def merge_tensors(
     """
     bases = None if base is None else {tensor_name: base}
     models = [{tensor_name: tensor} for tensor in tensors]
-    return merge_states(name, bases, models, dtype=dtype, seed=seed, block=block, **parameters)[tensor_name]
+    beside = None if statistics is None else [{tensor_name: each} for each in statistics]
+    options: dict[str, Any] = {"dtype": dtype, "seed": seed, "block": block}
+    options |= {"statistics": beside, "gram_axis": gram_axis}
+    return merge_states(name, bases, models, **options, **parameters)[tensor_name]
 
 
 def merge_states(
@@ -59,12 +68,15 @@ def merge_states(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     block: int = BLOCK,
+    statistics: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    gram_axis: int = 1,
     **parameters: Any,
 ) -> dict[str, torch.Tensor]:
     """Merge whole state dicts, so that statistics may span the model; see ``merge_tensors`` for arguments and errors.
 
     Args:
         models: state dicts with the same names; those of the first one, or of the base, are merged.
+        statistics: for each model by the names of tensors; tensors that some lack are averaged.
     """
     method = method_named(name)
     arguments = method.resolve(parameters, len(models), base is not None)
@@ -77,7 +89,8 @@ def merge_states(
         inputs = [state[tensor].detach() for state in states]
         info = TensorInfo(tensor, tuple(inputs[0].shape), len(models), base is not None, seed, offset, extent)
         _fit_together(info, inputs)
-        merges.append(_InMemory(method, info, arguments, inputs, dtype))
+        info, fishers, grams = _with_statistics(method, info, statistics, gram_axis)
+        merges.append(_InMemory(method, info, arguments, [*inputs, *fishers], dtype, grams))
         offset += info.numel
     while grouped := [merge for merge in merges if merge.group is not None]:
         send_totals(grouped, [merge.sums() for merge in grouped])
@@ -88,10 +101,17 @@ class _InMemory(TensorMerge):
     """One tensor being merged in memory."""
 
     def __init__(
-        self, method: Method, info: TensorInfo, arguments: dict[str, Any], inputs: Block, dtype: torch.dtype | None
+        self,
+        method: Method,
+        info: TensorInfo,
+        arguments: dict[str, Any],
+        inputs: Block,
+        dtype: torch.dtype | None,
+        grams: Block,
     ) -> None:
         kinds = [tensor.dtype for tensor in inputs]
-        self.dtype = dtype or reduce(torch.promote_types, kinds)
+        self.grams = grams
+        self.dtype = dtype or reduce(torch.promote_types, kinds[: info.inputs])
         self.flat = [tensor.reshape(-1).contiguous() for tensor in inputs]
         self.device = str(self.flat[0].device)
         super().__init__(method, info, arguments, [dtypes.name_of(kind) for kind in (*kinds, self.dtype)])
@@ -112,7 +132,7 @@ class _InMemory(TensorMerge):
         """Gather what statistics are missing, and merge ``length`` elements at a time, in whole rows."""
         while self.request is not None:
             if self.request.held:
-                self.send_whole(self.flat.__getitem__)
+                self.send_whole([*self.flat, *(gram.reshape(-1) for gram in self.grams)].__getitem__)
             else:
                 self.send(joined(self.sums()))
         out = torch.empty(self.info.numel, dtype=self.dtype, device=self.flat[0].device)
@@ -122,6 +142,27 @@ class _InMemory(TensorMerge):
             block = [ops.of_tensor(x[start : start + length]) for x in self.flat]
             ops.merge(self.merge, block, start, ops.of_tensor(out[start : start + length]), length)
         return out.view(self.info.shape)
+
+
+def _with_statistics(
+    method: Method, info: TensorInfo, statistics: Sequence[Mapping[str, torch.Tensor]] | None, gram_axis: int
+) -> tuple[TensorInfo, Block, Block]:
+    """Return what a method may know of a tensor with statistics; the Fisher information and the Gram matrices of it."""
+    if statistics is None or not method.statistics:
+        return info, [], []
+    if len(statistics) != info.models:
+        raise UsageError(f"{method.name} needs the statistics of each of {info.models} models, got {len(statistics)}.")
+    beside = [each[info.name].detach() for each in statistics if info.name in each]
+    if len(beside) < info.models:
+        return info, [], []
+    is_fisher = method.statistics == "fisher"
+    wanted = info.shape if is_fisher else (info.shape[gram_axis],) * 2
+    for each in beside:
+        if tuple(each.shape) != wanted:
+            raise UsageError(f"Tensor {info.name!r}: expected statistics of shape {wanted}, got {tuple(each.shape)}.")
+    if is_fisher:
+        return replace(info, fisher=True), beside, []
+    return replace(info, gram_axis=gram_axis), [], [each.clone() for each in beside]
 
 
 def _fit_together(info: TensorInfo, inputs: Block) -> None:

@@ -33,6 +33,7 @@ class Method:
         config_source: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
         observed: optional; the figures the report is made of: of a fixed sample of merged blocks, each followed by its
             inputs.
+        statistics: the kind of statistics that each model needs beside it, if any: ``gram`` or ``fisher``.
         check: optional; raises UsageError where the arguments don't go together, each of them being in its range.
     """
 
@@ -45,6 +46,7 @@ class Method:
     rows: Callable[..., int] | None = None
     config_source: Literal["base", "model"] = "base"
     observed: Figures | None = None
+    statistics: Literal["", "gram", "fisher"] = ""
     check: Callable[..., object] | None = None
 
     @property

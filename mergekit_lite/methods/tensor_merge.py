@@ -87,7 +87,10 @@ class TensorMerge:
             self._advance(total)
 
     def send_whole(self, take: Callable[[int], torch.Tensor]) -> None:
-        """Answer a request for the whole tensor, whose inputs ``take`` returns by number, 1-D, the base's first."""
+        """Answer a request for the whole tensor, whose inputs ``take`` returns by number, 1-D.
+
+        The base's is the first one; Gram matrices come last.
+        """
         assert self.request is not None and callable(self.request.of)
         with torch.inference_mode():
             self.send(self.request.of(_Taken(take, self.info), 0))  # type: ignore[arg-type]  # lazy, and large
@@ -124,19 +127,22 @@ class TensorMerge:
 
 
 class _Taken(Sequence["torch.Tensor"]):
-    """The inputs of a whole tensor, each taken when it is asked for: float64, in the tensor's shape."""
+    """The inputs of a whole tensor, then Gram matrices, each taken when it is asked for: float64, in its shape."""
 
     def __init__(self, take: Callable[[int], torch.Tensor], info: TensorInfo) -> None:
         self._take = take
         self._info = info
 
     def __len__(self) -> int:
-        return self._info.inputs
+        return self._info.inputs + (self._info.models if self._info.gram_axis is not None else 0)
 
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        return self._take(number).double().view(self._info.shape)
+        shape = self._info.shape
+        if number >= self._info.inputs and self._info.gram_axis is not None:
+            shape = (shape[self._info.gram_axis],) * 2
+        return self._take(number).double().view(shape)
 
 
 def joined(parts: Iterable[Totals]) -> Totals:

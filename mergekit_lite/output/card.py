@@ -34,7 +34,8 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
 
     What strangers wrote is shown as text. No path of this machine is published: a local model goes by its last part.
     """
-    sources = [plan.source, *(source for source in plan.inputs if source is not plan.source)]
+    models = plan.inputs[: len(plan.inputs) - plan.statistics]
+    sources = [plan.source, *(source for source in models if source is not plan.source)]
     front: dict[str, Any] = dict(plan.front_matter)
     if on_hub := [repository for source in sources if (repository := _repository(source))]:
         front["base_model"] = on_hub

@@ -32,6 +32,14 @@ class Job(OutputTensor):
     why: str = ""  # the reason for a copy
     scales: str = ""  # of a job whose results are quantised to FP8: the name of the tensor of scales
     scales_of: str = ""  # of a tensor of scales, which is made with its codes: their name
+    fisher: bool = False  # whether as many inputs follow the models' tensors: the Fisher information of each
+    grams: tuple[TensorSpec, ...] = ()  # read whole beside the inputs: a Gram matrix for each model
+    gram_axis: int = 1  # the axis of the tensor that meets the inputs that the Gram matrices are of
+
+    @property
+    def merges(self) -> int:
+        """How many models it is merged from, the base not counted."""
+        return (len(self.inputs) - self.has_base) // (1 + self.fisher)
 
     @property
     def computed_dtype(self) -> str:
@@ -45,7 +53,7 @@ class Plan:
 
     Attributes:
         recipes: what was asked for, as plain data that YAML can hold; once for each output.
-        inputs: the opened checkpoints.
+        inputs: the opened checkpoints; behind them files of statistics, ``statistics`` of them.
         config_source: which of them gives config, tokenizer and what else travels beside the weights.
         jobs: one for each output tensor, in the order they are written.
         left_out: what no output tensor is made of: (reference, name, reason).
@@ -86,6 +94,7 @@ class Plan:
     copy_code: bool = False
     notes: tuple[str, ...] = ()
     card: tuple[str, ...] = ()
+    statistics: int = 0
 
     @property
     def source(self) -> Checkpoint:
@@ -110,7 +119,7 @@ class Plan:
     @property
     def bytes_to_read(self) -> int:
         """Bytes of weights that will be read."""
-        return sum(spec.nbytes for job in self.jobs for spec in job.inputs)
+        return sum(spec.nbytes for job in self.jobs for spec in (*job.inputs, *job.grams))
 
     @property
     def bytes_to_write(self) -> int:
@@ -125,7 +134,7 @@ class Plan:
     @property
     def widest_element(self) -> int:
         """Bytes of the widest element that is read or written."""
-        read = {spec.dtype for job in self.jobs for spec in job.inputs}
+        read = {spec.dtype for job in self.jobs for spec in (*job.inputs, *job.grams)}
         return max((dtypes.size(dtype) for dtype in read | {job.dtype for job in self.jobs}), default=1)
 
     @property
@@ -157,6 +166,8 @@ class Plan:
         for job in self.jobs:
             made = (job.name, job.shape, job.dtype, job.method, job.has_base, job.merged_elements, job.parameters[own])
             digest.update(repr((made, [spec.key for spec in job.inputs])).encode())
+            if job.grams:
+                digest.update(repr((job.gram_axis, [spec.key for spec in job.grams])).encode())
         return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import REMEDY, MismatchError, MissingError, arranged
 from mergekit_lite.planning.modules import Modules, config_of_modules, outputs_of_modules
 from mergekit_lite.planning.plan import Job, Plan
+from mergekit_lite.planning.statistics import with_statistics
 from mergekit_lite.planning.token_numbers import SPECIAL_NUMBERS, with_numbers_of
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
 from mergekit_lite.planning.unions import examined, having_all_tokens
@@ -110,7 +111,11 @@ def make_plan(
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     if modules is not None:
         jobs += [making.outside(name) for name in modules.outside]
+    jobs, statistics, unfit = with_statistics(
+        recipe, jobs, opened_inputs, inputs, opened or {}, rows_move=vocabulary is not None
+    )
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
+    problems += unfit
     paths = tuple(map(output_path, outputs))
     is_folder = not is_single_file(paths[0])
     if recipe.out_dtype == block_fp8.NAME:
@@ -163,7 +168,8 @@ def make_plan(
     written = {"merge_method": recipe.merge_method, "text": text}
     return Plan(
         recipes=tuple(written if text else as_data(alone) for alone in recipe.for_outputs),
-        inputs=inputs,
+        inputs=(*inputs, *statistics),
+        statistics=len(statistics),
         config_source=config_source,
         jobs=tuple(jobs),
         left_out=tuple(_left_out(inputs, jobs, spare)),
@@ -380,7 +386,8 @@ def _left_out(
     read: list[set[str]] = [set() for _ in inputs]
     for job in jobs:
         for model, spec in zip(job.models, job.inputs, strict=True):
-            read[model].add(spec.name)
+            if model < len(inputs):  # not a file of statistics
+                read[model].add(spec.name)
     reasons = {job.name: f"{job.why}: copied from {inputs[job.models[0]].reference}" for job in jobs if job.why}
     reasons |= spare
     for number, source in enumerate(inputs):

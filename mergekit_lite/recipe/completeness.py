@@ -25,9 +25,10 @@ def miscounted(recipe: Recipe) -> Iterator[Remark]:
 
 
 def lacking(recipe: Recipe) -> Iterator[Remark]:
-    """Yield parameters without a default that are given nowhere."""
+    """Yield parameters without a default that are given nowhere, and models without the statistics they need."""
     for part in recipe.slices:
         for method, over, at in _methods(recipe):
+            yield from _without_statistics(recipe, part, method)
             levels = (over, part.parameters, recipe.parameters)
             required = {key for key, parameter in method.parameters.items() if parameter.required}
             for key in sorted(required - {key for level in levels for key in level}):
@@ -48,6 +49,14 @@ def _lacking_of_models(recipe: Recipe, part: Slice, method: Method, key: str, at
         # A base that the recipe doesn't list has the place of the list.
         unlisted = ": base_model is one of the models that are merged" if source.at == part.at else ""
         yield Remark(source.at, f"{method.name} needs the parameter {key!r} of {source.model!r}{unlisted}")
+
+
+def _without_statistics(recipe: Recipe, part: Slice, method: Method) -> Iterator[Remark]:
+    command = f"mergekit-lite statistics MODEL --prompts FILE{' --fisher' * (method.statistics == 'fisher')} -o OUT"
+    for source in (part.sources[index] for index in _merged(part, method) if method.statistics):
+        if source.model and source.statistics is None:
+            without = f"{method.name} needs the 'statistics' of {source.model!r}{_in_slice(recipe, part)}"
+            yield Remark(source.at, f"{without}: a file that {command} writes")
 
 
 def _methods(recipe: Recipe) -> Iterator[tuple[Method, Parameters, Mark]]:

@@ -36,6 +36,7 @@ class Source:
     model: str  # its reference
     layers: tuple[int, int] | None = None  # the first layer and the one behind the last, or None for all
     parameters: Parameters = field(default_factory=dict)  # for this model alone
+    statistics: str | None = None  # the file of what was gathered of it on prompts
     at: Mark = field(default=NOWHERE, compare=False)
 
 
@@ -180,6 +181,12 @@ class Recipe:
         """Every model that is read, once, in the order of the recipe; a base that is no input comes last."""
         listed = [source.model for part in self.slices for source in part.sources]
         return tuple(dict.fromkeys([*listed, *([self.base_model] if self.base_model else [])]))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Every file of statistics that is read, once."""
+        named = (source.statistics for part in self.slices for source in part.sources)
+        return tuple(dict.fromkeys(each for each in named if each is not None))
 
     @property
     def config_source(self) -> str:

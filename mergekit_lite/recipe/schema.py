@@ -25,6 +25,8 @@ Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit
       - model: org/llm             # under models or sources: it stands for a part of the base, whose names begin so
         part: model.language_model.
         rename: {transformer.: model.}      # beginnings of its names that are read as others
+      - model: org/tuned           # under models or sources: with what 'mergekit-lite statistics' gathered of it
+        statistics: tuned-gram.safetensors
       - run: grpo/step-*           # under models: the checkpoints of a training run, by a pattern or in its folder
         last: 10                   # of them; methods that take the step of each model (relex) have it from the names
     include: [mlp, self_attn]      # the tensors that are merged; all others are copied
@@ -65,9 +67,9 @@ KEYS = (
     "tokenizer", "chat_template", "include", "exclude", "backbone", "new_rows", "overrides", "seed", "random_seed",
     "rounding",
 )  # fmt: skip
-MODEL_KEYS = ("model", "parameters", "part", "rename")
-SOURCE_KEYS = ("model", "layer_range", "parameters", "part", "rename")
-MAY_LACK = ("parameters", "part", "rename")
+MODEL_KEYS = ("model", "parameters", "statistics", "part", "rename")
+SOURCE_KEYS = ("model", "layer_range", "parameters", "statistics", "part", "rename")
+MAY_LACK = ("parameters", "statistics", "part", "rename")
 RUN_KEYS = ("run", "last", "parameters")
 MODULE_KEYS = ("models", "slices", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
@@ -267,7 +269,7 @@ class _Parser:
         takes_step = any("step" in METHODS[name].parameters for name in self.used if name)
         steps = [{"step": (Rule((float(step),)),)} if takes_step else {} for _, step in found]
         self.lists_run = True
-        return [Source(model, None, own | step, node.at) for (model, _), step in zip(found, steps, strict=True)]
+        return [Source(model, None, own | step, at=node.at) for (model, _), step in zip(found, steps, strict=True)]
 
     def source(self, node: Node, what: str, known: tuple[str, ...], base: str | None) -> Source:
         layered = {"layer_range": "layer_range is for the sources of slices: 'models' takes all layers of each model"}
@@ -284,7 +286,18 @@ class _Parser:
         if model:
             model = values.read_as(parts.get("part"), parts.get("rename"), self.problems) + model
         layers = layer_range(parts["layer_range"], "layer_range", self.problems) if "layer_range" in parts else None
-        return Source(model, layers, self.parameters(parts, self.used, model, model == base), node.at)
+        own = self.parameters(parts, self.used, model, model == base)
+        return Source(model, layers, own, self.statistics(parts, model), node.at)
+
+    def statistics(self, parts: Mapping[str, Node], model: str) -> str | None:
+        """Return the file of a model's statistics, if it has one; where no method reads it, note that."""
+        if (node := parts.get("statistics")) is None:
+            return None
+        if self.used and not any(METHODS[name].statistics for name in self.used):
+            no_use = f"{' and '.join(self.used)} reads no statistics: those of {model!r} have no effect"
+            self.notes.append(Remark(node.at, no_use))
+            return None
+        return text(node, "statistics", self.problems) or None
 
     def completed(self, sources: list[Source], base: str | None, parameters: Parameters, at: Mark) -> Slice:
         """Return the slice with its base among the sources.

@@ -89,7 +89,8 @@ def to_yaml(recipe: Mapping[str, Any]) -> str:
 def _listed(part: Slice) -> tuple[Source, ...]:
     """Return the models to list: a base that stands at the end and says nothing is taken for granted."""
     last = len(part.sources) - 1
-    return part.sources[:last] if part.base == last > 0 and not part.sources[last].parameters else part.sources
+    says_nothing = not part.sources[last].parameters and part.sources[last].statistics is None
+    return part.sources[:last] if part.base == last > 0 and says_nothing else part.sources
 
 
 def _modules(recipe: Recipe) -> Data:
@@ -120,7 +121,8 @@ def _slice(part: Slice, base_model: str | None) -> Data:
 
 def _source(source: Source) -> Data:
     layers = {"layer_range": list(source.layers)} if source.layers is not None else {}
-    return {"model": source.model, **layers} | _with_parameters(source.parameters)
+    statistics = {"statistics": source.statistics} if source.statistics is not None else {}
+    return {"model": source.model, **layers, **statistics} | _with_parameters(source.parameters)
 
 
 def _with_parameters(parameters: Parameters) -> Data:

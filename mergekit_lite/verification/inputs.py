@@ -181,9 +181,9 @@ def _of_no_merge(
 
 
 def _check_known(documents: Sequence[Document], opened: Mapping[str, Checkpoint]) -> None:
-    """Raise MergekitLiteError where documents name models that the manifest doesn't list."""
+    """Raise MergekitLiteError where documents name models or statistics that the manifest doesn't list."""
     models = [model for each in documents for model in each.recipe.models if not document_in(model, each.uses)]
-    _check_opened(models, opened)
+    _check_opened([*models, *(file for each in documents for file in each.recipe.statistics)], opened)
 
 
 def _check_opened(models: Iterable[str], opened: Mapping[str, Checkpoint]) -> None:

@@ -35,6 +35,7 @@ from tests.answers.test_local import write_model
 from tests.distill.recipes import recipe_data
 from tests.models import write_folder
 from tests.ray_nodes import RayNodes, end_group, processes_in, wait_for
+from tests.statistics_files import write_those_of
 from tests.test_golden import LARGE, RECIPES, model, shapes, write_models
 
 TILE = {"tile": (2048, 1024)}
@@ -268,6 +269,7 @@ def test_every_method(nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.Monke
         place.mkdir()
         monkeypatch.chdir(place)
         write_models(list(names), shapes(layers) | LARGE, "bfloat16")
+        write_those_of(recipe)
         Path("recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         merge("recipe.yml", "plain")
     ended = subprocess.run(

@@ -272,8 +272,11 @@ def test_gradients_and_filters(method: str, count: int, dtype: torch.dtype, tmp_
 
 
 def test_the_table_is_complete() -> None:
-    """Every deterministic method is here with its defaults, and with each of its parameters set."""
-    deterministic = set(METHODS) - RANDOM
+    """Every deterministic method is here with its defaults, and with each of its parameters set.
+
+    Those that read statistics have tests of their own.
+    """
+    deterministic = {name for name, method in METHODS.items() if not method.statistics} - RANDOM
     assert set(REFERENCES) == deterministic
     for name in deterministic:
         known = METHODS[name].parameters

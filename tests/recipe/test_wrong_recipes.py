@@ -61,7 +61,7 @@ WRONG = [
     ("two seeds", TAIL + PAIR + "seed: 1\nrandom_seed: 1\n", ["6:14: 'seed' and 'random_seed' are one setting: give one of them"]),
     ("rounding", TAIL + PAIR + "rounding: up\n", ["5:11: 'rounding' expects one of nearest, stochastic, got the text 'up'."]),
     # --- models and slices
-    ("model is text", TAIL + "models: [a, b]\n", ["2:10: expected a model (a mapping of model, parameters, part, rename), got the text 'a'", "2:13: expected a model (a mapping of model, parameters, part, rename), got the text 'b'"]),
+    ("model is text", TAIL + "models: [a, b]\n", ["2:10: expected a model (a mapping of model, parameters, statistics, part, rename), got the text 'a'", "2:13: expected a model (a mapping of model, parameters, statistics, part, rename), got the text 'b'"]),
     ("no model", TAIL + "models: [{parameters: {weight: 1}}]\n", ["2:10: a model has no 'model'"]),
     ("model is a number", TAIL + "models: [{model: 7, parameters: {weight: 1}}]\n", ["2:18: 'model' expects text, got the number 7: put it in quotes, '7', if it is one"]),
     ("misspelt parameters", TAIL + "models: [{model: a, paramters: {weight: 1}}]\n", ["2:10: linear needs the parameter 'weight' of 'a'", "2:21: unknown key 'paramters' in a model. Did you mean 'parameters'?"]),

@@ -16,24 +16,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.devices import memory_left
 from mergekit_lite.errors import UsageError, counted
 from mergekit_lite.mixtures.building.planning import MixturePlan
 from mergekit_lite.mixtures.building.recipe import Expert
-from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.recipe import Recipe, Slice, Source
-from mergekit_lite.resident.model import build, tokenizer_of
-from mergekit_lite.resident.weights import Weights
+from mergekit_lite.planning import Plan
+from mergekit_lite.resident.model import tokenizer_of
+from mergekit_lite.resident.whole import check_memory, check_tokens, loaded, plan_of_whole
 
 EMBEDDING = "model.embed_tokens.weight"
-UNWRITTEN = Path("routed")  # the output of the base's plan, which is filled into a model and never written
 BATCH = 8192  # tokens that go through the model at once, padding included
 DEGENERATE = 5.0  # condition number of a layer's rows from which on some experts are hardly told apart
 LEAST = 1e-8  # of a row's length before it is scaled
@@ -90,38 +86,6 @@ def _row(expert: Expert, vectors: Vectors) -> torch.Tensor:
     return scaled
 
 
-def plan_of_whole(base: Checkpoint, device: str) -> Plan:
-    """Return the plan of a model as it is, in float32 on a CPU with room for that, else in its own dtype."""
-    recipe = Recipe("passthrough", (Slice((Source(base.reference),)),))
-    own = make_plan(recipe, [UNWRITTEN], opened={base.reference: base})
-    if device != "cpu":
-        return own
-    wide = make_plan(
-        Recipe("passthrough", recipe.slices, out_dtype="float32"), [UNWRITTEN], opened={base.reference: base}
-    )
-    free = memory_left(device)
-    return wide if free is None or 1.2 * wide.layout.nbytes < free else own
-
-
-def check_memory(plan: Plan, device: str, instead: str) -> None:
-    """Raise UsageError where a model doesn't fit into a device's memory; ``instead`` is what needs no model."""
-    free = memory_left(device)
-    if free is not None and plan.layout.nbytes > free:
-        raise UsageError(
-            f"{plan.source.reference} takes {plan.layout.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory "
-            f"are free on {device}. Take another --device, or {instead}."
-        )
-
-
-def check_tokens(numbers: Iterable[Sequence[int]], rows: int, reference: str) -> None:
-    """Raise UsageError where a token's number is none of the ``rows`` of a model's embedding."""
-    if (largest := max(map(max, numbers))) >= rows:
-        raise UsageError(
-            f"{reference}: its tokenizer gives the number {largest:,} to a token of the prompts, and its embedding has "
-            f"{rows:,} rows. Is it another model's tokenizer?"
-        )
-
-
 def _tokens(prompts: Iterable[str], tokenizer: Any, base: Checkpoint) -> list[list[int]]:
     """Return the numbers of the tokens of each prompt, behind the token that begins texts where there is one."""
     beginning = tokenizer.bos_token or ""
@@ -154,9 +118,7 @@ def _hidden_states(
 ) -> Vectors:
     """Return what runs prompts through the base and gives the mean of their hidden states before each layer."""
     check_memory(plan, device, "gate_mode: cheap_embed, which runs no model")
-    built = build(plan, device)
-    Weights(built, device, threads).set(plan)
-    model = built.model
+    model = loaded(plan, device, threads).model
 
     def mean(prompts: Sequence[str]) -> torch.Tensor:
         total = torch.zeros(())

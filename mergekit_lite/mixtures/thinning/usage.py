@@ -18,10 +18,9 @@ from mergekit_lite.answers.rows import Message, Prompt
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.errors import CheckpointError, UsageError, counted
-from mergekit_lite.mixtures.building.routers import check_memory, check_tokens, plan_of_whole
 from mergekit_lite.mixtures.layers import ROUTERS
-from mergekit_lite.resident.model import build, tokenizer_of
-from mergekit_lite.resident.weights import Weights
+from mergekit_lite.resident.model import tokenizer_of
+from mergekit_lite.resident.whole import check_memory, check_tokens, loaded, plan_of_whole
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +86,7 @@ def measured(
     plan = plan_of_whole(mixture, device)
     check_memory(plan, device, "choose by weights or router, which runs no model")
     tokens = _tokens(ChatTemplate(tokenizer_of(plan)), prompts)
-    built = build(plan, device)
-    Weights(built, device, threads).set(plan)
-    model = built.model
+    model = loaded(plan, device, threads).model
     check_tokens(tokens, len(model.get_input_embeddings().weight), mixture.reference)
     most = context_of(model)
     rows = sorted((row[:most] for row in tokens), key=len, reverse=True)

@@ -1,0 +1,231 @@
+"""Statistics of a model on prompts: what RegMean and Fisher merging need to know of it, in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lite.answers.loading import context_of
+from mergekit_lite.answers.prompts import LoadedPrompts
+from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.formats.safetensors import SUFFIXES
+from mergekit_lite.checkpoint.statistics_file import DTYPE, Kind, metadata_of
+from mergekit_lite.engine.devices import chosen_device, kind_of, memory_left
+from mergekit_lite.errors import UsageError, counted, listing
+from mergekit_lite.gathering.examples import RESPONSE, Examples, examples_of, prompts_in
+from mergekit_lite.layout import OutputTensor
+from mergekit_lite.options import named_options
+
+if TYPE_CHECKING:
+    from mergekit_lite.checkpoint import Checkpoint
+    from mergekit_lite.gathering.passes import Progress, Results
+    from mergekit_lite.resident.model import Built
+
+SHARE = 0.5  # of the memory that is free beside the model, for matrices
+INSTEAD = "a smaller model: statistics need it in memory"
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A file of statistics.
+
+    Attributes:
+        path: the file.
+        kind: ``gram`` or ``fisher``.
+        matrices: how many tensors it holds.
+        nbytes: their bytes.
+        examples: how many were read.
+        tokens: how many tokens they have.
+        cut: how many examples were cut at the longest text that the model takes.
+        passes: how often the examples were read; 0 where an earlier run had done all of it.
+        notes: what the user should know.
+    """
+
+    path: Path
+    kind: Kind
+    matrices: int
+    nbytes: int
+    examples: int
+    tokens: int
+    cut: int
+    passes: int
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {**asdict(self), "path": str(self.path), "notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is gathered: the tensors of the file, its metadata, and what makes some of them in one pass."""
+
+    tensors: Sequence[OutputTensor]
+    metadata: dict[str, str]
+    passes: Callable[[frozenset[str]], list[Callable[[Progress], Results]]]  # of the names that are missing
+
+
+@named_options
+def gather_statistics(
+    model: str | Path,
+    prompts: Sequence[str | Path] | LoadedPrompts,
+    output: str | Path,
+    *,
+    fisher: bool = False,
+    response: str = RESPONSE,
+    limit: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    batch_size: int = 8,
+    memory: int | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Gathered:
+    """Let a model read prompts, and write statistics of that for ``merge_method: regmean`` or ``fisher``.
+
+    Gram matrices XᵀX / tokens of the inputs X of every linear layer that text goes through, padding not counted; layers
+    that read the same share one. Or the diagonal of the Fisher information: the mean over examples of the squared
+    gradient of the log-probability of the response. A killed run goes on with the matrices that it had finished.
+
+    Args:
+        model: a causal language model that transformers knows, with its tokenizer.
+        prompts: JSON, JSON Lines or Parquet files of them, or prompts that were read.
+        output: a ``.safetensors`` file.
+        fisher: gather Fisher information, for which each prompt needs a response.
+        response: the column of the files that holds the responses; for Gram matrices too, prompts are read with them.
+        limit: most prompts that are read.
+        device: ``cpu``, ``cuda``, ``cuda:1`` … or ``auto``.
+        threads: workers that read the weights.
+        batch_size: examples that are read at once for Gram matrices.
+        memory: most bytes for matrices at once, of which more take further passes; by default half of what is free.
+        force: replace the output if it exists, and drop other unfinished work on it.
+        progress: called with (tokens read, tokens to read in all passes).
+
+    Raises:
+        UsageError: the output exists or can't be named, prompts or responses are missing, or the model doesn't fit into
+            memory, has no linear layers, or is none that transformers knows.
+        CheckpointError: the model can't be opened.
+        RunError: something can't be read or written, or isn't finite.
+    """
+    path = _checked_output(Path(output).expanduser(), force)
+    if batch_size < 1 or (limit is not None and limit < 1) or (memory is not None and memory < 1):
+        raise UsageError("batch_size, limit and memory are whole numbers from 1 on.")
+    loaded = prompts if isinstance(prompts, LoadedPrompts) else prompts_in(map(Path, prompts), response)
+    device = chosen_device(device)
+    source = open_checkpoint(str(model))
+    from mergekit_lite.gathering.working_file import WorkingFile  # with torch, as what follows
+    from mergekit_lite.resident.model import build, tokenizer_of
+    from mergekit_lite.resident.weights import Weights
+    from mergekit_lite.resident.whole import check_memory, check_tokens, plan_of_whole
+
+    plan = plan_of_whole(source, device)
+    check_memory(plan, device, INSTEAD)
+    tokenizer = tokenizer_of(plan)
+    if loaded.problems and not loaded.prompts:
+        raise UsageError(listing("No prompt can be read", loaded.problems))
+    built = build(plan, device)
+    examples = examples_of(loaded.prompts[:limit], tokenizer, context_of(built.model), needs_response=fisher)
+    numbers = [[*row.prompt, *row.response] for row in examples.rows]
+    check_tokens(numbers, len(built.model.get_input_embeddings().weight), source.reference)
+    Weights(built, device, threads).set(plan)
+    most = memory or _room(device)
+    work = (_fisher if fisher else _grams)(built, source, examples, device, most, batch_size)
+    with WorkingFile(path, work.tensors, work.metadata, force=force) as file:
+        passes = work.passes(file.missing)
+        done, in_all = 0, examples.tokens * len(passes)
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            if progress is not None:
+                progress(done, in_all)
+
+        for one in passes:
+            for name, values in one(advance):
+                file.write(name, values)
+        file.publish()
+    notes = [f"left out: {problem}" for problem in loaded.problems]
+    if loaded.repeated:
+        notes.append(f"{counted(loaded.repeated, 'prompt')} left out: an earlier one is the same conversation")
+    if examples.cut:
+        notes.append(
+            f"{counted(examples.cut, 'example')} cut at {context_of(built.model):,} tokens, what the model takes"
+        )
+    return Gathered(
+        path=path,
+        kind="fisher" if fisher else "gram",
+        matrices=len(work.tensors),
+        nbytes=sum(tensor.nbytes for tensor in work.tensors),
+        examples=len(examples.rows),
+        tokens=examples.tokens,
+        cut=examples.cut,
+        passes=len(passes),
+        notes=(*notes, *examples.notes),
+    )
+
+
+def _checked_output(path: Path, force: bool) -> Path:
+    """Return the path of the output. Raises UsageError where no such file can be written, or one is there."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: statistics are a {SUFFIXES[0]} file: give the output a name that ends so.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: {'is a folder' if path.is_dir() else 'its folder is not there'}. Name another file.")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists. Name another file, or replace it by --force.")
+    return path
+
+
+def _room(device: str) -> int:
+    """Return how many bytes matrices may take at once."""
+    free = memory_left(device)
+    return 1 << 32 if free is None else int(SHARE * free)
+
+
+def _grams(built: Built, source: Checkpoint, examples: Examples, device: str, most: int, batch_size: int) -> _Work:
+    from mergekit_lite.gathering.layers import linear_layers
+    from mergekit_lite.gathering.passes import GRAM, gram_pass, grouped
+
+    layers = linear_layers(built, examples.rows)
+    if not layers.inputs:
+        raise UsageError(f"{source.reference}: its model has no linear layers of its own. regmean would only average.")
+
+    def passes(missing: frozenset[str]) -> list[Callable[[Progress], Results]]:
+        units = [read for read in layers.inputs if read.name in missing]
+        groups = grouped(units, lambda read: GRAM * read.size**2, most)
+        return [
+            lambda progress, group=group: gram_pass(built, layers, group, examples.rows, batch_size, progress)  # type: ignore[misc]
+            for group in groups
+        ]
+
+    tensors = [OutputTensor(read.name, DTYPE, (read.size, read.size)) for read in layers.inputs]
+    return _Work(tensors, _metadata("gram", built, source, examples, device, layers.grams), passes)
+
+
+def _fisher(built: Built, source: Checkpoint, examples: Examples, device: str, most: int, _: int) -> _Work:
+    from mergekit_lite.answers.logprobs import check_head
+    from mergekit_lite.gathering.passes import fisher_pass, grouped, parameters_of
+
+    check_head(built.model)
+    parameters = parameters_of(built)
+
+    def passes(missing: frozenset[str]) -> list[Callable[[Progress], Results]]:
+        units = [each for each in parameters if missing.intersection(each.names)]
+        groups = grouped(units, lambda each: each.nbytes, most)
+        return [
+            lambda progress, group=group: fisher_pass(built, group, examples.rows, progress)  # type: ignore[misc]
+            for group in groups
+        ]
+
+    names = [name for each in parameters for name in each.names]
+    tensors = [OutputTensor(name, DTYPE, tuple(built.places[name].shape)) for name in names]
+    return _Work(tensors, _metadata("fisher", built, source, examples, device, {}), passes)
+
+
+def _metadata(
+    kind: Kind, built: Built, source: Checkpoint, examples: Examples, device: str, grams: Any
+) -> dict[str, str]:
+    computed = f"{str(built.model.dtype).removeprefix('torch.')} on {kind_of(device)}"
+    counts = (examples.tokens, len(examples.rows), examples.digest, computed)
+    return metadata_of(kind, source.identity(), *counts, grams)

@@ -1,0 +1,161 @@
+"""Statistics beside models: files that hold what a method needs to know of them, found for each job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec
+from mergekit_lite.checkpoint.naming.alignment import unwrapped
+from mergekit_lite.checkpoint.statistics_file import CALLED, Statistics, open_statistics
+from mergekit_lite.errors import CheckpointError
+from mergekit_lite.methods import METHODS
+from mergekit_lite.planning.plan import Job
+from mergekit_lite.recipe import Recipe
+
+
+class WithStatistics(NamedTuple):
+    """Jobs with the statistics that their methods read, the files of these, and what is wrong."""
+
+    jobs: list[Job]
+    files: tuple[Checkpoint, ...]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """The statistics of one input of a plan."""
+
+    statistics: Statistics
+    number: int  # of their file among the plan's inputs
+    names: Mapping[tuple[Path, int], str]  # the names that tensors have where the model is read by itself
+
+    def weight(self, spec: TensorSpec) -> str:
+        """Return the name that the statistics know a tensor by."""
+        return self.names.get((spec.file, spec.offset), spec.name)
+
+    def fisher(self, spec: TensorSpec) -> TensorSpec | None:
+        """Return the Fisher information of a tensor, if it is there."""
+        found = self.statistics.file.tensors.get(self.weight(spec))
+        return found if found is not None and found.shape == spec.shape else None
+
+    def gram(self, spec: TensorSpec) -> tuple[TensorSpec, int] | None:
+        """Return the Gram matrix of what a tensor meets and the axis that meets it, if it is there."""
+        weight = self.weight(spec)
+        if (found := self.statistics.gram(weight)) is None or len(spec.shape) != 2:
+            return None
+        axis = self.statistics.grams[weight].axis
+        return (found, axis) if found.shape[0] == spec.shape[axis] else None
+
+
+def with_statistics(
+    recipe: Recipe,
+    jobs: list[Job],
+    opened: Sequence[Checkpoint],
+    inputs: Sequence[Checkpoint],
+    already: Mapping[str, Checkpoint],
+    *,
+    rows_move: bool,
+) -> WithStatistics:
+    """Return a plan's jobs with the statistics of their models.
+
+    Args:
+        recipe: which names them.
+        jobs: of the recipe.
+        opened: its models as they were opened.
+        inputs: the same ones under the names of the output.
+        already: files that are open already, by reference.
+        rows_move: whether rows of embeddings and heads follow their tokens to other places.
+    """
+    if not any(kind_read(job) for job in jobs):
+        return WithStatistics(jobs, (), [])
+    problems: list[str] = []
+    models = list(zip(recipe.models, opened, inputs, strict=True))
+    beside = _opened(recipe, models, already, {kind_read(job) for job in jobs} - {""}, problems)
+    if rows_move and any(kind_read(job) == "fisher" for job in jobs):
+        problems.append("fisher: statistics don't follow rows of the vocabulary to other places: no tokenizer_source")
+    if problems:
+        return WithStatistics(jobs, (), problems)
+    made = [_with(job, beside) if kind_read(job) else job for job in jobs]
+    if all(map(is_averaged, filter(kind_read, made))):
+        problems.append(
+            "no tensor has statistics in every model, so all would only be averaged: see merge_method: linear"
+        )
+    files = {each.number: each.statistics.file for each in beside.values()}
+    return WithStatistics(made, tuple(files[number] for number in sorted(files)), problems)
+
+
+def kind_read(job: Job) -> str:
+    """Return the kind of statistics that a job's method reads; empty for none."""
+    return METHODS[job.method].statistics if job.merged_elements else ""
+
+
+def is_averaged(job: Job) -> bool:
+    """Return whether a job's method reads statistics, and there are none of its tensor in all models."""
+    return bool(kind_read(job)) and not (job.fisher or job.grams)
+
+
+def _opened(
+    recipe: Recipe,
+    models: Sequence[tuple[str, Checkpoint, Checkpoint]],
+    already: Mapping[str, Checkpoint],
+    kinds: set[str],
+    problems: list[str],
+) -> dict[int, _Beside]:
+    """Return the statistics of each input, held to the model that they are of."""
+    named: dict[str, str | None] = {}
+    for source in (source for part in recipe.slices for source in part.sources):
+        known = named.setdefault(source.model, source.statistics)
+        if known != source.statistics:
+            problems.append(f"{source.model}: has statistics {known} in one slice and {source.statistics} in another")
+    beside: dict[int, _Beside] = {}
+    for number, (model, was, now) in enumerate(models):
+        if (reference := named.get(model)) is None:
+            problems.append(f"{model}: {' and '.join(sorted(kinds))} statistics are missing: name its 'statistics'")
+            continue
+        try:
+            statistics = open_statistics(reference, already[reference].path if reference in already else None)
+            problems += _misfit(statistics, was, kinds)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        own = unwrapped(was)  # as it is read by itself
+        names = {} if own is now else {(spec.file, spec.offset): name for name, spec in own.tensors.items()}
+        beside[number] = _Beside(statistics, len(models) + len(beside), names)
+    return beside
+
+
+def _misfit(statistics: Statistics, model: Checkpoint, kinds: set[str]) -> list[str]:
+    """Return what is wrong with a file of statistics for a model."""
+    own = statistics.file.reference
+    if kinds != {statistics.kind}:
+        wanted = " and ".join(CALLED[kind] for kind in CALLED if kind in kinds)
+        flag = " with --fisher" if kinds == {"fisher"} else " without --fisher" if kinds == {"gram"} else ""
+        return [f"{own}: holds {CALLED[statistics.kind]}, and the recipe needs {wanted}: collect them{flag}"]
+    identity = model.identity()
+    if statistics.model.is_of(identity):
+        return []
+    differ = "weights" if statistics.model.header == identity.header else "tensors"
+    return [
+        f"{own}: is of {statistics.model.reference}, whose {differ} are not those of {model.reference}: collect the "
+        "statistics of this very model"
+    ]
+
+
+def _with(job: Job, beside: Mapping[int, _Beside]) -> Job:
+    """Return a job with the statistics of its models, where all of them have some of its tensor."""
+    own = [beside[model] for model in job.models]
+    pairs = list(zip(own, job.inputs, strict=True))
+    if kind_read(job) == "fisher":
+        found = [fisher for each, spec in pairs if (fisher := each.fisher(spec)) is not None]
+        if len(found) < len(pairs) or job.merged_elements < job.numel:
+            return job
+        models = (*job.models, *(each.number for each in own))
+        return replace(job, inputs=(*job.inputs, *found), models=models, fisher=True)
+    grams = [gram for each, spec in pairs if (gram := each.gram(spec)) is not None]
+    alike = len({axis for _, axis in grams}) == 1 and len({spec.shape for spec in job.inputs}) == 1
+    if len(grams) < len(pairs) or not alike:
+        return job
+    return replace(job, grams=tuple(spec for spec, _ in grams), gram_axis=grams[0][1])
