@@ -213,7 +213,7 @@ def test_spa_goes_on_with_its_window(folder, monkeypatch):
 
     told: list[float] = []
     monkeypatch.setattr(preference_trainer, "gap_of", lambda *given: told.append(gap_of(*given)) or told[-1])
-    preference = SPA | {"epochs": 3, "save_steps": 2}
+    preference = SPA | {"epochs": 2, "save_steps": 2}
     trained(folder, preference=preference)
     whole, gaps = (weights(folder / "train" / "preference"), losses(folder)), list(told)
     (folder / "train" / "preference").rename(folder / "whole")
