@@ -19,7 +19,17 @@ from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.preference import OBJECTIVES
 from mergekit_lite.distillation.recipe.loading import load
-from mergekit_lite.distillation.recipe.schema import Fuse, Lora, RecipeSource, RecipeTeacher, Rule, Train, Training
+from mergekit_lite.distillation.recipe.schema import (
+    Fuse,
+    Lora,
+    Preference,
+    RecipeSource,
+    RecipeTeacher,
+    Rule,
+    Sft,
+    Train,
+    Training,
+)
 from tests.distill.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +48,11 @@ def section(heading: str) -> str:
 def first_column(heading: str) -> set[str]:
     """The names in code in the first column of a section's first table."""
     return set(re.findall(r"^\| `([a-z_0-9]+)` \|", section(heading), re.MULTILINE))
+
+
+def own(training: type[Training]) -> dict[str, FieldInfo]:
+    """The keys that one kind of training has beside those of all."""
+    return {name: field for name, field in training.model_fields.items() if name not in Training.model_fields}
 
 
 def test_the_recipe_plans(tmp_path: Path) -> None:
@@ -117,10 +132,9 @@ def test_the_sources_load(tmp_path: Path) -> None:
     [
         ("Keys of a source", RecipeSource.model_fields),
         ("Keys of a training", Training.model_fields),
-        (
-            "Keys of fusing",
-            {name: field for name, field in Fuse.model_fields.items() if name not in Training.model_fields},
-        ),
+        ("Keys of fusing", own(Fuse)),
+        ("Keys of SFT", own(Sft)),
+        ("Keys of preference training", own(Preference)),
         ("Teachers", RecipeTeacher.model_fields),
     ],
 )
