@@ -16,6 +16,7 @@ from mergekit_lite.commands.running import takes_ray
 
 if TYPE_CHECKING:
     from mergekit_lite.distillation.data.exporting import Format
+    from mergekit_lite.distillation.recipe.schema import Recipe
 
 
 @click.group(name="distill", cls=CommandGroup)
@@ -103,10 +104,10 @@ def sample(
     if ray is not None:
         raise click.UsageError("--ray is for models that answer here: a batch asks nobody.")
     from mergekit_lite.distillation import batch
-    from mergekit_lite.distillation.recipe.loading import load
 
+    reporter = TerminalReporter(quiet=quiet)
     step = batch.write_batch if write_batch is not None else batch.read_batch
-    return step(load(recipe), source, file, TerminalReporter(quiet=quiet))
+    return step(_at_work(recipe, reporter), source, file, reporter)
 
 
 @stage("score")
@@ -150,7 +151,10 @@ def report(recipe: Path, quiet: bool) -> None:
 
     It has curves, scores before and after on held-out prompts, and answers side by side.
     """
-    _carry_out("report", recipe, quiet)
+    from mergekit_lite.distillation.recipe.loading import load
+    from mergekit_lite.distillation.report import report as write_report
+
+    write_report(load(recipe), TerminalReporter(quiet=quiet))  # of all rounds
 
 
 @stage("export", ("--format trl -o rows",))
@@ -170,17 +174,24 @@ def export(recipe: Path, quiet: bool, form: Format, output: Path) -> None:
     The stage pair has made them.
     """
     from mergekit_lite.distillation.data.exporting import export as export_rows
-    from mergekit_lite.distillation.recipe.loading import load
 
-    export_rows(load(recipe), TerminalReporter(quiet=quiet), to=output, form=form)
+    reporter = TerminalReporter(quiet=quiet)
+    export_rows(_at_work(recipe, reporter), reporter, to=output, form=form)
 
 
 def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool | str | None) -> None:
     """Run one stage: a function of its own name, in the module of its name."""
-    from mergekit_lite.distillation.recipe.loading import load
-
+    reporter = TerminalReporter(quiet=quiet)
     run_stage = getattr(import_module(f"mergekit_lite.distillation.{name}"), name)
-    run_stage(load(recipe), TerminalReporter(quiet=quiet), **options)
+    run_stage(_at_work(recipe, reporter), reporter, **options)
+
+
+def _at_work(path: Path, reporter: TerminalReporter) -> Recipe:
+    """Return the recipe in a file, or with rounds that of the round at work."""
+    from mergekit_lite.distillation.recipe.loading import load
+    from mergekit_lite.distillation.rounds import current
+
+    return current(load(path), reporter)
 
 
 def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:

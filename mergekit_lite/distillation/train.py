@@ -53,8 +53,9 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.distances import DISTANCES
 from mergekit_lite.distillation.on_policy import checks as on_policy
 from mergekit_lite.distillation.on_policy.stage import OnPolicyStage
-from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rounds import add_momentum
 from mergekit_lite.distillation.training import arguments
 from mergekit_lite.distillation.training.fuse_stage import fuse_stage
 from mergekit_lite.distillation.training.model import tokenizer_of, unavailable
@@ -83,6 +84,8 @@ def train(recipe: Recipe, reporter: Reporter) -> None:
             return
         stage.run(reporter)
         start = str(folder.trained(name))
+    if isinstance(recipe, RoundRecipe) and recipe.settings.momentum:
+        stage.together(lambda: add_momentum(recipe, reporter))
 
 
 def stage_of(recipe: Recipe, name: str, start: str) -> TrainingStage:
@@ -92,7 +95,13 @@ def stage_of(recipe: Recipe, name: str, start: str) -> TrainingStage:
     if name == "on_policy":
         return OnPolicyStage.of(recipe, start)
     folder, training = Folder(recipe.folder), recipe.train.stages[name]
-    return TrainingStage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
+    rows, final = folder.pairs(name), folder.trained(name)
+    return TrainingStage(name, training, start, rows, final, recipe.seed, reference=_reference(recipe) or start)
+
+
+def _reference(recipe: Recipe) -> str | None:
+    """Return the model that preference training is held to, where it isn't the one that it starts from."""
+    return recipe.first if recipe.rounds is not None and recipe.rounds.reference == "first" else None
 
 
 def needs(recipe: Recipe, name: str) -> list[Path]:
