@@ -225,6 +225,10 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
         ]
         reporter.table(("teacher", "model", "asked", ">rows ≤", ">done", ">files ≈", ">EFLOP ≈"), taught)
         reporter.line(f"sizes and costs of teaching are at {TOKENS} tokens a response\n")
+    if plan.rounds:
+        rounds = [(f"{r.round}", f"{r.prompts:,}", f"{r.replayed:,}", "yes" if r.done else "no") for r in plan.rounds]
+        reporter.table((">round", ">prompts", ">replayed ≤", "done"), rounds)
+        reporter.line("")
     stages = [(stage.stage, f"{stage.rows:,}", f"{stage.steps:,}") for stage in plan.training]
     reporter.table(("training", ">rows ≤", ">steps ≤"), stages)
     reporter.line(f"\neverything lies in {recipe.folder}")

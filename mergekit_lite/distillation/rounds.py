@@ -26,29 +26,35 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.rounds import ROUND
 from mergekit_lite.distillation.recipe.schema import Recipe, RecipeSource, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.settings import hold_settings
+from mergekit_lite.distillation.training.workspace import identity
 from mergekit_lite.errors import UsageError, counted
 from mergekit_lite.extrapolation import extrapolate
 
 
 def each_round(recipe: Recipe, reporter: Reporter) -> Iterator[Recipe]:
-    """Yield the recipe of each round, once the round before is done; without rounds the recipe itself."""
+    """Yield the recipe of each round, to be done before the next one; without rounds the recipe itself."""
     if recipe.rounds is None:
         yield recipe
         return
-    for number in range(1, recipe.rounds.number + 1):
-        round_recipe = round_of(recipe, number)
-        reporter.line(f"[round {number} of {recipe.rounds.number}: {round_recipe.folder}]")
-        yield round_recipe
+    for each in all_rounds(recipe):
+        reporter.line(f"[round {each.number} of {recipe.rounds.number}: {each.folder}]")
+        yield each
 
 
 def current(recipe: Recipe, reporter: Reporter) -> Recipe:
     """Return the recipe of the first round that is not done, or of the last; without rounds the recipe itself."""
     if recipe.rounds is None:
         return recipe
-    every = [round_of(recipe, number) for number in range(1, recipe.rounds.number + 1)]
+    every = all_rounds(recipe)
     at_work = next((each for each in every if not is_done(each)), every[-1])
     reporter.line(f"[round {at_work.number} of {len(every)}: {at_work.folder}]")
     return at_work
+
+
+def all_rounds(recipe: Recipe) -> list[RoundRecipe]:
+    """Return the recipes of all rounds; none without rounds."""
+    return [round_of(recipe, number) for number in range(1, recipe.rounds.number + 1)] if recipe.rounds else []
 
 
 def round_of(recipe: Recipe, number: int) -> RoundRecipe:
@@ -130,23 +136,26 @@ def _copy(origin: Path, copy: Path) -> None:
 
 
 def add_momentum(recipe: RoundRecipe, reporter: Reporter) -> None:
-    """Take the step beyond a round's trained model; do nothing where it is taken already.
+    """Take the step beyond a round's trained model, unless it is taken already.
 
     Weights are rounded up or down by chance, as a step of training is often smaller than the spacing of 16 bits.
 
     Raises:
-        UsageError: the folder of the step holds another one.
+        UsageError: the step that is there was taken with another momentum, or between other models.
         CheckpointError, PlanError, RunError, NonFiniteError: as ``extrapolate`` does.
     """
+    trained, folder, momentum = trained_in(recipe), Folder(recipe.folder).momentum, recipe.settings.momentum
     before = recipe.whole.target if recipe.number == 1 else str(trained_in(round_of(recipe.whole, recipe.number - 1)))
-    folder, momentum = Folder(recipe.folder).momentum, recipe.settings.momentum
-    finished = extrapolate(
-        before,
-        str(trained_in(recipe)),
-        str(folder),
-        momentum,
-        rounding="stochastic",
-        seed=recipe.seed,
-        resume=True,
-    )
-    reporter.line(f"momentum: {momentum:g} × the step from {before}, {finished.outputs[0]}")
+    settings = {
+        "momentum": momentum,
+        "seed": recipe.seed,
+        "weights before": identity(before),
+        "weights trained": identity(str(trained)),
+    }
+    there = [path for path in (folder, folder.with_name(f".{folder.name}.partial")) if path.exists()]
+    refusal = f"The step in {folder} was taken in another way" if there else None
+    advice = f"Set the recipe back; or delete {' and '.join(map(str, there))}, and the rounds after, to take it anew."
+    hold_settings(folder.with_name(f"{folder.name}.json"), settings, "step", refusal, advice)
+    if not folder.exists():
+        extrapolate(before, str(trained), str(folder), momentum, rounding="stochastic", seed=recipe.seed, resume=True)
+    reporter.line(f"momentum: {momentum:g} × the step from {before} is added, {folder}")

@@ -103,7 +103,7 @@ def _scoring_model(name: str, training: Training, place: Placed, dropout: bool) 
     make_savable(model.generation_config)
     set_layout(model, training)
     model.forward = MethodType(_log_probs, model)
-    return cast("PreTrainedModel", model)
+    return model
 
 
 def unavailable(training: Training, stage: str) -> list[str]:
