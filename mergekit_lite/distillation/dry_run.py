@@ -135,9 +135,8 @@ def _over_rounds(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
         steps = sum(training.steps for training in plan.training)
         rounds.append(RoundPlan(each.number, len(mine), again.total(), steps, is_done(each)))
     first, *later = plans
-    asked_once = (
-        () if recipe.rounds and recipe.rounds.prompts == "split" else tuple(each.name for each in recipe.sources)
-    )
+    reused = recipe.rounds is not None and recipe.rounds.prompts == "reuse"
+    asked_once = [each.name for each in recipe.sources if reused]
     domains = _summed(row for plan in plans for row in plan.domains)
     sources = [*first.sources, *(row for plan in later for row in plan.sources if row.name not in asked_once)]
     training = tuple(
@@ -158,13 +157,11 @@ def _summed(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Add up the numbers of rows whose first field, their name, is the same; the first of them has the other fields."""
     by_name: dict[str, Row] = {}
     for row in rows:
-        sums = by_name.get(row[0])
-        by_name[row[0]] = row if sums is None else row._make(map(_added, sums, row))
+        before = by_name.get(row[0])
+        fields = {} if before is None else before._asdict()
+        sums = {name: value + getattr(row, name) for name, value in fields.items() if isinstance(value, int | float)}
+        by_name[row[0]] = row if before is None else before._replace(**sums)
     return tuple(by_name.values())
-
-
-def _added(first: Any, second: Any) -> Any:
-    return first + second if isinstance(first, int | float) else first
 
 
 def _once(recipe: Recipe, prompts: Sequence[Prompt], again: Counter[str]) -> DryRun:

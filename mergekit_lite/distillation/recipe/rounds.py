@@ -22,7 +22,7 @@ def rounds_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(at, "with 'rows' that are given each round would train on the same: leave 'rounds' out")
     if len(rounds.replay) >= rounds.number:
         shares, before = counted(len(rounds.replay), "share"), counted(rounds.number - 1, "round")
-        yield Problem((*at, "replay"), f"'replay' has {shares}, and there are {before} before the last")
+        yield Problem((*at, "replay"), f"'replay' has {shares}, and the last round has {before} before it")
     if rounds.replay and not recipe.train.reads_rows:
         yield Problem((*at, "replay"), "'replay' has no effect here: no training reads rows")
     if rounds.reference == "first":

@@ -73,8 +73,9 @@ def fill(
                     file.write("".join(as_line({"row": row.key, "log_probs": values}) for row, values in log_probs))
                     file.flush()
                 advance(sum(map(len, missing[start : start + processes])))
-        del model
-        free_memory()
+        if model is not None:
+            del model
+            free_memory()
         accelerator.wait_for_everyone()
         known = stored(folder)
     trainer.reference.update({row.key: known[row.key] for row in rows})
