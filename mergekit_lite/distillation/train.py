@@ -95,13 +95,7 @@ def stage_of(recipe: Recipe, name: str, start: str) -> TrainingStage:
     if name == "on_policy":
         return OnPolicyStage.of(recipe, start)
     folder, training = Folder(recipe.folder), recipe.train.stages[name]
-    rows, final = folder.pairs(name), folder.trained(name)
-    return TrainingStage(name, training, start, rows, final, recipe.seed, reference=_reference(recipe) or start)
-
-
-def _reference(recipe: Recipe) -> str | None:
-    """Return the model that preference training is held to, where it isn't the one that it starts from."""
-    return recipe.first if recipe.rounds is not None and recipe.rounds.reference == "first" else None
+    return TrainingStage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
 
 
 def needs(recipe: Recipe, name: str) -> list[Path]:

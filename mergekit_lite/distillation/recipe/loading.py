@@ -172,7 +172,6 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "folder": folder / recipe.folder.expanduser(),
             "target": _model(recipe.target, folder),
-            "first": recipe.first and _model(recipe.first, folder),
             "prompts": _data(recipe.prompts, folder),
             "rows": rows,
             "sources": tuple(_source(source, folder) for source in recipe.sources),

@@ -322,7 +322,6 @@ class Recipe(Strict):
     folder: Path  # of everything it makes
     seed: int = 0
     target: str  # the model to train
-    first: str | None = None  # the model before all rounds, for objectives that need it; the target by default
     rounds: Rounds | None = None  # in a file the number alone may stand for the section
     rows: GivenRows | None = None  # to train on; then there are no prompts, sources, scorers and pairs
     prompts: tuple[Prompts, ...] = ()  # those of the given answers by default

@@ -64,34 +64,6 @@ def trained_model(
     """
     frozen = training.lora is not None
     place = Placed(None, getattr(torch, training.dtype) if frozen else torch.float32)
-    model = _scoring_model(name, training, place, dropout)
-    if distances is not None:
-        setattr(model, "distances", distances)  # noqa: B010  # no attribute of a module that types know
-    if not frozen:
-        return model
-    torch.manual_seed(seed)
-    return cast("PreTrainedModel", with_adapter(model, training))
-
-
-def reference_model(name: str, training: Training, device: Any) -> PreTrainedModel:
-    """Return a model with the same forward pass that isn't trained, whole on a device, with weights in ``dtype``.
-
-    Raises:
-        CheckpointError: it can't be loaded, or weights are missing.
-        UsageError: log-probabilities can't be computed for its head, or ZeRO-3 has partitioned it.
-    """
-    place = Placed(None, getattr(torch, training.dtype))
-    model = _scoring_model(name, training.model_copy(update={"lora": None}), place, dropout=False)
-    if is_partitioned(model):
-        raise UsageError(
-            f"The reference {name} isn't what training starts from, and ZeRO-3 would partition it. Train by FSDP or "
-            "ZeRO-2, or with the reference start."
-        )
-    return cast("PreTrainedModel", model.to(device).eval())
-
-
-def _scoring_model(name: str, training: Training, place: Placed, dropout: bool) -> PreTrainedModel:
-    """Return a model whose forward pass is ``_log_probs``, its rows in the layout of the training."""
     config = loading.config_of(name, CAUSAL, OWN_CODE)
     how = loading_arguments(training)
     model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config), **how)
@@ -102,8 +74,13 @@ def _scoring_model(name: str, training: Training, place: Placed, dropout: bool) 
         check_head(model)
     make_savable(model.generation_config)
     set_layout(model, training)
+    if distances is not None:
+        setattr(model, "distances", distances)  # noqa: B010  # no attribute of a module that types know
     model.forward = MethodType(_log_probs, model)
-    return model
+    if not frozen:
+        return model
+    torch.manual_seed(seed)
+    return cast("PreTrainedModel", with_adapter(model, training))
 
 
 def unavailable(training: Training, stage: str) -> list[str]:

@@ -1,25 +1,21 @@
 """s_ref: the log-probabilities of all responses under the model that training starts from, computed once and stored.
 
 The very model that is then trained computes them before its first step, on its devices. So no second model is in
-memory, and ρ = 0 where training begins. Another reference is loaded for this time alone, whole by each process. Each
-process computes its share of the batches and appends the results to a
+memory, and ρ = 0 where training begins. Each process computes its share of the batches and appends the results to a
 file of its own. A resumed run computes what is missing, in the same batches whatever the number of processes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from mergekit_lite.answers.loading import free_memory
 from mergekit_lite.answers.rows import as_line, read_rows
 from mergekit_lite.distillation.training.rows import TrainingRow
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.training.trainer import PreferenceTrainer
 
@@ -40,17 +36,10 @@ def stored(folder: Path) -> dict[str, tuple[float, ...]]:
     return log_probs
 
 
-def fill(
-    trainer: PreferenceTrainer,
-    rows: Sequence[TrainingRow],
-    folder: Path,
-    reporter: Reporter,
-    other: Callable[[], PreTrainedModel] | None = None,
-) -> None:
+def fill(trainer: PreferenceTrainer, rows: Sequence[TrainingRow], folder: Path, reporter: Reporter) -> None:
     """Fill the trainer's ``reference`` with log-probabilities of all rows under its model as it is now.
 
-    The trainer is before its first step, its model on its devices. Files are in ``folder``. ``other`` loads a model
-    that computes them instead; it is called where any is missing.
+    The trainer is before its first step, its model on its devices. Files are in ``folder``.
     """
     accelerator = trainer.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -62,20 +51,16 @@ def fill(
         folder.mkdir(parents=True, exist_ok=True)
         total = sum(map(len, every))
         done = total - sum(map(len, missing))
-        model = None if other is None else other()
         with reporter.progress("reference", total, done) as advance, appending(folder / f"{rank}.jsonl") as file:
             for start in range(0, len(missing), processes):
                 # A model sharded over devices needs all processes in each pass. In the last round, a process without
                 # a batch of its own repeats the last one and writes nothing.
                 batch = missing[min(start + rank, len(missing) - 1)]
-                log_probs = zip(batch, trainer.reference_log_probs(batch, model), strict=True)
+                log_probs = zip(batch, trainer.reference_log_probs(batch), strict=True)
                 if start + rank < len(missing):
                     file.write("".join(as_line({"row": row.key, "log_probs": values}) for row, values in log_probs))
                     file.flush()
                 advance(sum(map(len, missing[start : start + processes])))
-        if model is not None:
-            del model
-            free_memory()
         accelerator.wait_for_everyone()
         known = stored(folder)
     trainer.reference.update({row.key: known[row.key] for row in rows})

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,6 @@ from mergekit_lite.distillation.training.held_out import Split
 from mergekit_lite.distillation.training.model import (
     check_whole_model,
     layout_of,
-    reference_model,
     tokenizer_of,
     trained_model,
     write_model,
@@ -37,7 +36,7 @@ from mergekit_lite.distillation.training.workspace import Workspace, digest_of, 
 from mergekit_lite.errors import MergekitLiteError, RunError, UsageError, counted, listing, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import TrainingArguments
 
     from mergekit_lite.distillation.training.trainer import OrderedRows, ResponseTrainer
 
@@ -74,7 +73,6 @@ class TrainingStage:
     rows_path: Path
     final: Path  # the folder of the finished model
     seed: int  # of the order of rows, dropout and adapters
-    reference: str = field(default="", kw_only=True)  # the model that s_ref is of; empty stands for the start
 
     @cached_property
     def workspace(self) -> Workspace:
@@ -135,7 +133,7 @@ class TrainingStage:
 
     def _accept(self, reporter: Reporter) -> None:
         """Take the finished folder as it is, once it is checked."""
-        self.together(self._check_earlier)
+        self._together(self._check_earlier)
         if self.is_main:
             self.workspace.tidy()
             reporter.line(f"{self.name}: done, {self.final}")
@@ -168,8 +166,6 @@ class TrainingStage:
         own = self.training.model_dump(mode="json", exclude=FREE)
         own |= self.own_settings()
         settings = {"start": self.start, "start's weights": identity(self.start), "seed": self.seed, **flat(own)}
-        if self._far is not None:
-            settings |= {"reference": self._far, "reference's weights": identity(self._far)}
         settings = {key: value for key, value in settings.items() if LATER.get(key, ...) != value}
         if self.rows_path.exists():
             settings["rows"] = digest_of(self.rows_path)
@@ -198,12 +194,6 @@ class TrainingStage:
                 f"{self.rows_path}, got {roles}. Pair with the rule wrpo, or use another objective."
             )
         return data
-
-    @property
-    def _far(self) -> str | None:
-        """The reference, where it isn't the start."""
-        needed = isinstance(self.training, Preference) and self._objective[0].reference
-        return self.reference if needed and self.reference not in ("", self.start) else None
 
     @cached_property
     def _objective(self) -> tuple[Objective, dict[str, Any]]:
@@ -279,7 +269,7 @@ class TrainingStage:
         def begin() -> None:
             check_whole_model(trainer.model)
             if isinstance(trainer, PreferenceTrainer) and trainer.objective.reference:
-                reference.fill(trainer, rows, self.workspace.root / "reference", reporter, self._other(trainer))
+                reference.fill(trainer, rows, self.workspace.root / "reference", reporter)
             if trainer.held_out and not trainer.state.global_step:
                 trainer.evaluate()
 
@@ -296,11 +286,6 @@ class TrainingStage:
                 advance(0, watch.told(figures))
 
         return TrainingCallback(begin, step, logged)
-
-    def _other(self, trainer: ResponseTrainer) -> Callable[[], PreTrainedModel] | None:
-        """Return what loads the reference, where it isn't the start."""
-        far, device = self._far, trainer.accelerator.device
-        return None if far is None else lambda: reference_model(far, self.training, device)
 
     def _publish(self, trainer: ResponseTrainer, record: dict[str, Any], reporter: Reporter) -> None:
         saved = self.workspace.root / "trained"
@@ -326,9 +311,9 @@ class TrainingStage:
             )
             self.workspace.publish(record)
 
-        self.together(write)
+        self._together(write)
 
-    def together(self, work: Callable[[], None]) -> None:
+    def _together(self, work: Callable[[], None]) -> None:
         """Do in the main process what one must do for all, and raise its error in all of them."""
         from accelerate.utils import broadcast_object_list
 

@@ -122,9 +122,9 @@ class ResponseTrainer(Trainer):
         """Return the model's inputs: what ``laid_out`` returns, field by field."""
         return dict(vars(self.laid_out(rows)))
 
-    def laid_out(self, rows: Sequence[TrainingRow], model: Any = None) -> Batch | Packed:
-        """Return all responses of the first row, then of the next, in the layout that the model, or another, takes."""
-        layout = layout_of(model or self.model)
+    def laid_out(self, rows: Sequence[TrainingRow]) -> Batch | Packed:
+        """Return all responses of the first row, then of the next, in the layout that the model takes."""
+        layout = layout_of(self.model)
         if layout == "padded":
             return padded([response for row in rows for response in row.responses])
         return packed([row.responses for row in rows], share=layout == "shared")
@@ -362,12 +362,12 @@ class PreferenceTrainer(ResponseTrainer):
         return {key: found[name] for key, name in names.items() if name in found}
 
     @torch.no_grad()
-    def reference_log_probs(self, rows: Sequence[TrainingRow], other: Module | None = None) -> list[list[float]]:
-        """Return s of the rows' responses under the model as it is on its devices, or another, without dropout."""
-        model = other or self.model_wrapped.eval()
-        inputs = self._prepare_inputs(dict(vars(self.laid_out(rows, other))))
+    def reference_log_probs(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
+        """Return s of the rows' responses under the model as it is on its devices, without dropout."""
+        self.model_wrapped.eval()
+        inputs = self._prepare_inputs(super().batch(rows))
         with self.compute_loss_context_manager():
-            sums = model(**inputs)["sums"]
+            sums = self.model_wrapped(**inputs)["sums"]
         by_row: list[list[float]] = sums.float().view(len(rows), -1).tolist()
         return by_row
 
