@@ -24,7 +24,7 @@ from typing import Any
 from mergekit_lite.answers.rows import Prompt, seed_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.rounds import ROUND
-from mergekit_lite.distillation.recipe.schema import Recipe, RecipeSource, RoundRecipe
+from mergekit_lite.distillation.recipe.schema import Recipe, RecipeSource, RoundRecipe, Train
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.settings import hold_settings
 from mergekit_lite.distillation.training.workspace import identity
@@ -63,11 +63,20 @@ def round_of(recipe: Recipe, number: int) -> RoundRecipe:
     changes: dict[str, Any] = {
         "folder": recipe.folder / f"round-{number}",
         "target": start,
-        "first": recipe.first or recipe.target,
+        "train": _train(recipe, number),
         "target_source": recipe.target_source and _own(recipe, recipe.target_source, number),
     }
     given = {name: getattr(recipe, name) for name in recipe.model_fields_set}
     return RoundRecipe.model_validate({**given, **changes, "whole": recipe, "number": number})
+
+
+def _train(recipe: Recipe, number: int) -> Train:
+    """Return the trainings of a round, with the first model as reference where it is that, and isn't the start."""
+    preference, rounds = recipe.train.preference, recipe.rounds
+    is_start = number == 1 and recipe.train.before_preference is None
+    if preference is None or rounds is None or rounds.reference == "start" or is_start:
+        return recipe.train
+    return recipe.train.model_copy(update={"preference": preference.model_copy(update={"reference": recipe.target})})
 
 
 def _own(recipe: Recipe, source: RecipeSource, number: int) -> RecipeSource:

@@ -53,13 +53,14 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.distances import DISTANCES
 from mergekit_lite.distillation.on_policy import checks as on_policy
 from mergekit_lite.distillation.on_policy.stage import OnPolicyStage
-from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
+from mergekit_lite.distillation.recipe.schema import Preference, Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import add_momentum
 from mergekit_lite.distillation.training import arguments
 from mergekit_lite.distillation.training.fuse_stage import fuse_stage
 from mergekit_lite.distillation.training.model import tokenizer_of, unavailable
-from mergekit_lite.distillation.training.stage import TrainingStage, objective_of
+from mergekit_lite.distillation.training.preference_stage import PreferenceStage, objective_of
+from mergekit_lite.distillation.training.stage import TrainingStage
 from mergekit_lite.distillation.training.vocabularies import can_project, has_vocabulary_of
 from mergekit_lite.errors import UsageError, counted, listing
 
@@ -95,7 +96,10 @@ def stage_of(recipe: Recipe, name: str, start: str) -> TrainingStage:
     if name == "on_policy":
         return OnPolicyStage.of(recipe, start)
     folder, training = Folder(recipe.folder), recipe.train.stages[name]
-    return TrainingStage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
+    places = (start, folder.pairs(name), folder.trained(name), recipe.seed)
+    if isinstance(training, Preference):
+        return PreferenceStage(name, training, *places)
+    return TrainingStage(name, training, *places)
 
 
 def needs(recipe: Recipe, name: str) -> list[Path]:

@@ -33,7 +33,7 @@ from mergekit_lite.distillation.training.rows import preference_rows
 from mergekit_lite.errors import UsageError
 from mergekit_lite.yaml_document import RecipeError
 from tests.causal import causal_model
-from tests.distill.training import STAGE, Told, log, target, weights
+from tests.distill.training import STAGE, log, target, weights
 from tests.distill.training import write_rows as write_training_rows
 from tests.processes import preload, run, started
 from tests.tokenizers import tokenizer
@@ -100,12 +100,11 @@ def test_each_round_starts_from_what_the_last_one_made(done: Path) -> None:
     recipe = load(done)
     first, second = (round_of(recipe, number) for number in (1, 2))
     assert (first.target, second.target) == (recipe.target, str(made_by(first)))
-    assert (first.first, second.first) == (recipe.target, recipe.target)
     started_from = [
         json.loads((trained_in(each) / "training.json").read_text())["settings"] for each in (first, second)
     ]
     assert [each["start"] for each in started_from] == [first.target, second.target]
-    assert "reference" not in started_from[0] and started_from[1]["reference"] == recipe.target
+    assert [each.get("reference") for each in started_from] == [None, recipe.target]
     asked = [{row["id"] for row in rows(Folder(each.folder).prompts)} for each in (first, second)]
     assert sorted(map(len, asked)) == [4, 5] and not asked[0] & asked[1]
     assert {row["prompt"] for row in rows(Folder(second.folder).samples("target"))} == asked[1]
@@ -252,22 +251,19 @@ def test_prompts_that_change_between_rounds_are_refused(done: Path) -> None:
 
 def test_the_reference_is_the_first_model(tmp_path: Path) -> None:
     """The loss of the first step, by a second implementation: log-probabilities of both models in float64."""
-    start, first = target(tmp_path / "start"), tmp_path / "first"
-    causal_model("llama", seed=7).save_pretrained(first)
-    tokenizer("chatml").save_pretrained(first)
     recipe = Recipe.model_validate(
         {
             "folder": tmp_path / "made",
-            "target": str(start),
-            "first": str(first),
-            "rounds": {"number": 1, "reference": "first"},
+            "target": str(target(tmp_path / "first")),
+            "rounds": {"number": 2, "reference": "first"},
             "train": {"preference": {**STAGE, "batch_size": 6, "objective": "dpo", "options": {"beta": 0.3}}},
         }
     )
-    each = round_of(recipe, 1)
+    first, start, each = tmp_path / "first", made_by(round_of(recipe, 1)), round_of(recipe, 2)
+    causal_model("llama", seed=7).save_pretrained(start)
+    tokenizer("chatml").save_pretrained(start)
     write_training_rows(each.folder, preference=6, chosen=("target",))
-    told = Told()
-    train(each, told)
+    train(each, Reporter())
     rows = preference_rows(Folder(each.folder).pairs("preference"), ChatTemplate(tokenizer_of(str(start))), LIMITS).rows
     ratios = [
         [log_prob(start, row.prompt, answer) - log_prob(first, row.prompt, answer) for answer in row.answers]
@@ -396,7 +392,8 @@ WRONG = [
     ("0.3, 0.15", "0.3, 30", "expected less than or equal to 1"),
     ("momentum: 0.3", "momentum: -0.3", "expected greater than or equal to 0"),
     ("objective: dpo", "objective: simpo", "3:32: 'reference' has no effect here: simpo has none"),
-    ("reference: first", "reference: start}\nfirst: org/first\n#", "4:8: 'first' has no effect here"),
+    ("objective: dpo", "objective: dpo, reference: org/x", "3:32: 'train.preference' names a 'reference' already"),
+    ("number: 3, reference: first", "number: 3}\nx: {", "unknown key 'x' in the recipe"),
     ("samples: 5", "server: 'http://x/v1', model: policy", "put {round} into its 'model', or take 'serve'"),
     ("sft_share: 0", "sft_share: 0.5", "the recipe has no 'sources'"),
     ("answers: target, ", "gap_own: [1, 2], ", "'gap_own' has no effect here"),
@@ -419,3 +416,12 @@ def test_a_number_alone_is_a_section(tmp_path: Path) -> None:
     served = SOUND.replace("samples: 5", "server: 'http://x/v1', model: 'policy-{round}'")
     own = round_of(parse(served, "", tmp_path), 2).target_source
     assert own is not None and own.model == "policy-2"
+
+
+def test_inpo_needs_the_first_model() -> None:
+    wrong = SOUND.replace("objective: dpo", "objective: inpo").replace("reference: first", "reference: start")
+    with pytest.raises(RecipeError, match="3:1: inpo is held to the first model and to the start of the round"):
+        parse(wrong, "", Path())
+    recipe = parse(SOUND.replace("objective: dpo", "objective: inpo"), "", Path())
+    references = [round_of(recipe, number).train.preference.reference for number in (1, 2, 3)]  # type: ignore[union-attr]
+    assert references == [None, "org/target", "org/target"]  # in the first round it is where training starts

@@ -228,6 +228,7 @@ class Preference(Training):
 
     objective: str
     options: dict[str, Any] = {}  # keyword arguments of the objective: beta, alpha, schedule, smoothing …
+    reference: str | None = None  # the model of s_ref, a folder or a name; by default the one that training starts from
 
 
 class Pairwise(Strict):

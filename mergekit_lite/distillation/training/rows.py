@@ -14,11 +14,15 @@ import torch
 from pydantic import BaseModel, ValidationError
 from xxhash import xxh3_128
 
+from mergekit_lite.answers.logprobs import Batch, padded
+from mergekit_lite.answers.packing import Packed, packed
 from mergekit_lite.answers.rows import Message, read_rows, seed_of
 from mergekit_lite.answers.template import ChatTemplate, LengthLimits, TemplateError, Tokens, fitted
 from mergekit_lite.errors import UsageError, counted, listing
 
 Role = Literal["source", "target"]
+# How the rows of a batch lie: padded to the longest, end to end, or so with prompts that responses share.
+Layout = Literal["padded", "packed", "shared"]
 LEFT_OUT = ("too long", "refused", "malformed", "not aligned", "not taught")  # why a row is
 
 
@@ -29,12 +33,17 @@ class Turn(BaseModel):
     content: str
 
 
-class Response(BaseModel):
-    """A chosen or rejected response; keys that training doesn't need are ignored."""
+class OwnResponse(BaseModel):
+    """The model's own response, for selm; keys that training doesn't need are ignored."""
 
     text: str
-    role: Role
     cut: bool = False  # by the limit of tokens: no end of turn follows it
+
+
+class Response(OwnResponse):
+    """A chosen or rejected response."""
+
+    role: Role
     win: float | None = None  # the probability that it beats the others, for sppo
 
 
@@ -58,6 +67,7 @@ class PreferenceRow(BaseModel):
     messages: list[Turn]
     chosen: list[Response]
     rejected: list[Response]
+    own: OwnResponse | None = None
 
 
 @dataclass(frozen=True)
@@ -114,15 +124,15 @@ class Lesson:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A prompt with its responses as tokens of four bytes: the chosen ones, sources' first, and last the rejected one.
+    """A prompt with its responses as tokens of four bytes: the chosen ones, sources' first, and the rejected one.
 
-    A row of SFT has one response.
+    The model's own response is last, for objectives that need it. A row of SFT has one response.
     """
 
     prompt: array[int]
     answers: tuple[array[int], ...]
     roles: tuple[Role, ...]  # of the answers
-    wins: tuple[float, ...] | None = None  # of the answers, if all have one
+    wins: tuple[float, ...] | None = None  # of the chosen and rejected answers, if all have one
     lesson: Lesson | None = None  # where teachers teach it
 
     @property
@@ -201,10 +211,11 @@ def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenR
     return read(path, tokenise, template, limits)
 
 
-def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
+def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits, own: bool = False) -> TokenRows:
     """Return the rows of ``pairs/preference.jsonl`` as tokens. All must have equally many chosen responses.
 
-    A row with several rejected responses becomes as many rows, one for each of them with all chosen responses.
+    A row with several rejected responses becomes as many rows, one for each of them with all chosen responses. With
+    ``own`` the model's own response is in each, too, and a row without it is left out.
 
     Raises:
         UsageError: the file can't be read, none of its rows can be trained on, or their shapes differ.
@@ -215,16 +226,26 @@ def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) ->
         if not row.chosen or not row.rejected:
             shape = f"{len(row.chosen)} chosen and {len(row.rejected)} rejected"
             raise TemplateError(f"expected one or more chosen responses, and one or more rejected, got {shape}")
+        if own and row.own is None:
+            raise TemplateError("the objective needs the model's own answer, and the row has no 'own'")
         messages = messages_of(row.messages)
         chosen = sorted(row.chosen, key=lambda response: response.role)  # source before target
-        return [_unfitted(messages, [*chosen, rejected], template) for rejected in row.rejected]
+        last = row.own if own else None
+        return [_unfitted(messages, [*chosen, rejected], last, template) for rejected in row.rejected]
 
     tokens = read(path, tokenise, template, limits)
-    shapes = Counter(tuple(row.roles[:-1]) for row in tokens.rows)
+    shapes = Counter(tuple(row.roles[: -2 if own else -1]) for row in tokens.rows)
     if len({len(shape) for shape in shapes}) > 1:
         listed = [f"{counted(number, 'row')} with {', '.join(shape)} chosen" for shape, number in shapes.items()]
         raise UsageError(listing(f"All rows of {path} must have as many chosen responses, got", listed))
     return tokens
+
+
+def laid_out(rows: Sequence[TrainingRow], layout: Layout) -> Batch | Packed:
+    """Return all responses of the first row, then of the next, in a layout."""
+    if layout == "padded":
+        return padded([response for row in rows for response in row.responses])
+    return packed([row.responses for row in rows], share=layout == "shared")
 
 
 def order(rows: int, total: int, seed: int, stage: str) -> list[int]:
@@ -236,11 +257,15 @@ def order(rows: int, total: int, seed: int, stage: str) -> list[int]:
     return indices[:total]
 
 
-def _unfitted(messages: list[Message], responses: Sequence[Response], template: ChatTemplate) -> UnfittedRow:
+def _unfitted(
+    messages: list[Message], responses: Sequence[Response], own: OwnResponse | None, template: ChatTemplate
+) -> UnfittedRow:
     wins = tuple(response.win for response in responses if response.win is not None)
+    every = responses if own is None else (*responses, own)
+    roles = tuple(response.role for response in responses)
     return UnfittedRow(
-        tuple(template.tokens(messages, response.text, cut=response.cut) for response in responses),
-        tuple(response.role for response in responses),
+        tuple(template.tokens(messages, response.text, cut=response.cut) for response in every),
+        roles if own is None else (*roles, "target"),
         wins if len(wins) == len(responses) else None,
     )
 
