@@ -19,7 +19,16 @@ from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.preference import OBJECTIVES
 from mergekit_lite.distillation.recipe.loading import load
-from mergekit_lite.distillation.recipe.schema import Fuse, Lora, RecipeSource, RecipeTeacher, Rule, Train, Training
+from mergekit_lite.distillation.recipe.schema import (
+    Fuse,
+    Lora,
+    RecipeSource,
+    RecipeTeacher,
+    Rounds,
+    Rule,
+    Train,
+    Training,
+)
 from tests.distill.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +59,17 @@ def test_the_recipe_plans(tmp_path: Path) -> None:
     assert (domain["domain"], domain["prompts"], domain["sft"]) == ("chat", 9, 3)
     recipe = load(tmp_path / "distill.yaml")
     assert recipe.folder == tmp_path / "made"
+
+
+def test_the_recipe_of_rounds_plans(tmp_path: Path) -> None:
+    (tmp_path / "rounds.yaml").write_text(YAML["rounds.yaml"])
+    prompts = [json.dumps({"prompt": f"Question {number}?"}) for number in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    result = CliRunner().invoke(main, ["distill", "run", str(tmp_path / "rounds.yaml"), "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    assert [(each["prompts"], each["replayed"]) for each in json.loads(result.output)["rounds"]] == [
+        *((10, 0), (10, 3), (10, 4))
+    ]
 
 
 def test_the_recipes_of_given_data_load(tmp_path: Path) -> None:
@@ -122,6 +142,7 @@ def test_the_sources_load(tmp_path: Path) -> None:
             {name: field for name, field in Fuse.model_fields.items() if name not in Training.model_fields},
         ),
         ("Teachers", RecipeTeacher.model_fields),
+        ("Rounds", Rounds.model_fields),
     ],
 )
 def test_keys_have_the_defaults_that_the_pages_tell(heading: str, keys: dict[str, FieldInfo]) -> None:
