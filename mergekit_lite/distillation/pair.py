@@ -149,7 +149,8 @@ def _write(
     While prompts wait for the target there are no preference rows, not even an older file.
     """
     folder = Folder(recipe.folder)
-    responses = _responses(recipe, folder, assigned)
+    own = _own_answers(recipe, answers, assigned)
+    responses = _responses(recipe, folder, assigned, own)
     rows: dict[str, list[dict[str, Any]]] = {"sft": [], "preference": [], "dropped": []}
     for prompt, assignment in ((prompts[name], assignment) for name, assignment in assigned.items()):
         pairing = pairings[prompt.domain]
@@ -157,6 +158,8 @@ def _write(
             rows["sft"].append(_sft_row(prompt, assignment, pairing, responses))
         elif isinstance(assignment, PreferencePair):
             row = _preference_row(prompt, assignment, pairing.rule, answers[prompt.id], responses)
+            if prompt.id in own:
+                row["own"] = _own_row(prompt, own[prompt.id], responses)
             rows["preference"].append(row)
         elif isinstance(assignment, Dropped):
             rows["dropped"].append(_dropped_row(prompt, assignment))
@@ -180,10 +183,28 @@ def _write_waiting(folder: Folder, waiting: Sequence[Prompt]) -> None:
         path.unlink(missing_ok=True)  # left by another recipe
 
 
-def _responses(recipe: Recipe, folder: Folder, assigned: Mapping[str, Assignment]) -> Responses:
+def _own_answers(
+    recipe: Recipe, answers: Mapping[str, Answers], assigned: Mapping[str, Assignment]
+) -> dict[str, Candidate]:
+    """Return the target's first whole answer to each prompt with a pair, where the objective reads it."""
+    if recipe.train.preference is None:
+        return {}
+    from mergekit_lite.distillation.objectives.preference import OBJECTIVES  # loads torch
+
+    objective = OBJECTIVES.get(recipe.train.preference.objective)
+    if objective is None or not objective.own:
+        return {}
+    paired = [prompt for prompt, assignment in assigned.items() if isinstance(assignment, PreferencePair)]
+    first = {prompt: next((each for each in answers[prompt].target if each.whole), None) for prompt in paired}
+    return {prompt: answer for prompt, answer in first.items() if answer is not None}
+
+
+def _responses(
+    recipe: Recipe, folder: Folder, assigned: Mapping[str, Assignment], beside: Mapping[str, Candidate]
+) -> Responses:
     wanted: dict[str, set[Key]] = {}
     for prompt, assignment in assigned.items():
-        for answer in _used(assignment):
+        for answer in (*_used(assignment), *([beside[prompt]] if prompt in beside else [])):
             wanted.setdefault(answer.source, set()).add(Key(prompt, answer.index))
     responses: dict[tuple[str, Key], dict[str, Any]] = {}
     own = [recipe.target_source] if recipe.target_source is not None else []
@@ -249,6 +270,11 @@ def _preference_row(
         "rule": rule,
         "why": pair.why,
     }
+
+
+def _own_row(prompt: Prompt, answer: Candidate, responses: Responses) -> dict[str, Any]:
+    response = responses[answer.source, Key(prompt.id, answer.index)]
+    return {"text": response["text"], **_cut(response), "index": answer.index}
 
 
 def _dropped_row(prompt: Prompt, dropped: Dropped) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.distillation.recipe.schema import (
     Fuse,
     Lora,
+    Preference,
     RecipeSource,
     RecipeTeacher,
     Rounds,
     Rule,
+    Sft,
     Train,
     Training,
 )
@@ -47,6 +49,11 @@ def section(heading: str) -> str:
 def first_column(heading: str) -> set[str]:
     """The names in code in the first column of a section's first table."""
     return set(re.findall(r"^\| `([a-z_0-9]+)` \|", section(heading), re.MULTILINE))
+
+
+def own(training: type[Training]) -> dict[str, FieldInfo]:
+    """The keys that one kind of training has beside those of all."""
+    return {name: field for name, field in training.model_fields.items() if name not in Training.model_fields}
 
 
 def test_the_recipe_plans(tmp_path: Path) -> None:
@@ -137,10 +144,9 @@ def test_the_sources_load(tmp_path: Path) -> None:
     [
         ("Keys of a source", RecipeSource.model_fields),
         ("Keys of a training", Training.model_fields),
-        (
-            "Keys of fusing",
-            {name: field for name, field in Fuse.model_fields.items() if name not in Training.model_fields},
-        ),
+        ("Keys of fusing", own(Fuse)),
+        ("Keys of SFT", own(Sft)),
+        ("Keys of preference training", own(Preference)),
         ("Teachers", RecipeTeacher.model_fields),
         ("Rounds", Rounds.model_fields),
     ],

@@ -62,6 +62,8 @@ class Example:
     chosen: tuple[Given, ...] = ()
     rejected: tuple[Given, ...] = ()
     answers: tuple[Given, ...] = ()  # that nobody has compared
+    own: Given | None = None  # beside chosen and rejected ones, the model's own (``own``)
+    judgment: str = ""  # of the answer: what is wrong with it (``judgment``)
 
     @property
     def all(self) -> tuple[Given, ...]:
@@ -78,9 +80,12 @@ def example_of(row: Mapping[str, Any], domain: str = "") -> Example:
     has = {name for name, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= has:
         messages, chosen, rejected = _preference(row, has)
-        return Example(_prompt(row, messages, domain), chosen, rejected)
+        own = row.get("own")
+        given = None if own is None else _own(own) if isinstance(own, Mapping) else Given(_text(own, "'own'"))
+        return Example(_prompt(row, messages, domain), chosen, rejected, own=given)
     messages, answers = _answers(row, has)
-    return Example(_prompt(row, messages, domain), answers=answers)
+    judgment = _text(row["judgment"], "'judgment'") if "judgment" in has else ""
+    return Example(_prompt(row, messages, domain), answers=answers, judgment=judgment)
 
 
 def _answers(row: Mapping[str, Any], has: set[str]) -> tuple[tuple[Message, ...], tuple[Given, ...]]:

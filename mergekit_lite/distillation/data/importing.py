@@ -126,10 +126,10 @@ def _sft_row(example: Example, place: str) -> dict[str, Any] | str:
     (answer, *_) = (*example.chosen, *example.answers)
     if not answer.text.strip():
         return "blank"
-    cut = {"cut": True} if answer.cut else {}
     score: dict[str, Any] = {"score": answer.score, "scores": {}}
     rest = {"source": answer.model or "given", "index": 0, **score, "rule": "given", "why": place}
-    return {**_question(example), "response": answer.text, **cut, **rest}
+    judgment = {"judgment": example.judgment} if example.judgment.strip() else {}
+    return {**_question(example), "response": answer.text, **_cut(answer), **rest, **judgment}
 
 
 def _preference_row(example: Example, place: str) -> dict[str, Any] | str:
@@ -143,6 +143,7 @@ def _preference_row(example: Example, place: str) -> dict[str, Any] | str:
     own = "target" if len(example.chosen) > 1 else "source"
     roles = [*["source"] * (len(example.chosen) - 1), own]
     best, worst = example.chosen[-1].score, example.rejected[0].score
+    beside = {} if example.own is None else {"own": {"text": example.own.text, **_cut(example.own)}}
     return {
         **_question(example),
         "chosen": [_response(given, role) for given, role in zip(example.chosen, roles, strict=True)],
@@ -150,13 +151,17 @@ def _preference_row(example: Example, place: str) -> dict[str, Any] | str:
         "gap": None if best is None or worst is None else round(best - worst, DIGITS),
         "rule": "given",
         "why": place,
+        **beside,
     }
 
 
 def _response(given: Given, role: str) -> dict[str, Any]:
-    cut = {"cut": True} if given.cut else {}
     rest = {"source": given.model or "given", "index": 0, "score": given.score, "scores": {}}
-    return {"text": given.text, **cut, **rest, "role": given.role or role}
+    return {"text": given.text, **_cut(given), **rest, "role": given.role or role}
+
+
+def _cut(given: Given) -> dict[str, bool]:
+    return {"cut": True} if given.cut else {}
 
 
 def _question(example: Example) -> dict[str, Any]:

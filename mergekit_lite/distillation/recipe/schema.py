@@ -223,6 +223,27 @@ class Training(Strict):
     trainer: dict[str, Any] = {}
 
 
+class Noise(Strict):
+    """Noise on the embeddings of tokens in training."""
+
+    kind: Literal["neftune", "symnoise"] = "neftune"
+    alpha: Annotated[float, Field(gt=0)] = 5
+
+
+class Unlikelihood(Strict):
+    """CUT: tokens that a judgment speaks of are made unlikely."""
+
+    threshold: Annotated[float, Field(gt=0)] = 1.1  # τ, of a token's probability with the judgment over that without
+    weight: Annotated[float, Field(ge=0)] = 1.0  # of the tokens above it
+
+
+class Sft(Training):
+    """Training on answers to imitate."""
+
+    noise: Noise | None = None
+    unlikelihood: Unlikelihood | None = None  # for rows with a judgment of their answer
+
+
 class Preference(Training):
     """Preference training by one of ``OBJECTIVES``."""
 
@@ -274,7 +295,7 @@ class OnPolicy(Training):
 class Train(Strict):
     """The trainings in their order, each from what the one before it made; any may be left out, but not all."""
 
-    sft: Training | None = None
+    sft: Sft | None = None
     fuse: Fuse | None = None
     on_policy: OnPolicy | None = None
     preference: Preference | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
@@ -17,9 +17,10 @@ from mergekit_lite.answers import loading
 from mergekit_lite.answers.loading import CAUSAL, Placed
 from mergekit_lite.answers.logprobs import Batch, by_sequence, check_head, response_log_probs
 from mergekit_lite.answers.packing import Packed, packs
-from mergekit_lite.distillation.recipe.schema import Training
+from mergekit_lite.distillation.recipe.schema import Noise, Training
 from mergekit_lite.distillation.training.deepspeed import is_partitioned
 from mergekit_lite.distillation.training.mixing import Mixture, mixed_log_probs
+from mergekit_lite.distillation.training.noise import noisy
 from mergekit_lite.distillation.training.rows import Layout
 from mergekit_lite.errors import UsageError
 
@@ -49,6 +50,7 @@ def trained_model(
     seed: int,
     distances: Distances | None = None,
     mixture: Mixture | None = None,
+    noise: Noise | None = None,
 ) -> PreTrainedModel:
     """Return the model to train, with a forward pass that returns log-probabilities of responses (``_log_probs``).
 
@@ -62,6 +64,7 @@ def trained_model(
         seed: of an adapter's initial weights.
         distances: computes the distances to teachers, for trainings that have such.
         mixture: of its logits with those of another model, for objectives that need such.
+        noise: on the embeddings in training mode.
 
     Raises:
         CheckpointError: it can't be loaded, or weights are missing.
@@ -80,9 +83,8 @@ def trained_model(
         check_head(model)
     make_savable(model.generation_config)
     set_layout(model, training)
-    for part, value in (("distances", distances), ("mixture", mixture)):
-        if value is not None:
-            setattr(model, part, value)  # no attribute of a module that types know
+    for part, value in (("distances", distances), ("mixture", mixture), ("embedding_noise", noise)):
+        setattr(model, part, value)  # no attribute of a module that types know
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return model
@@ -100,7 +102,8 @@ def frozen_model(name: str, training: Training, device: torch.device) -> PreTrai
     model = trained_model(name, training.model_copy(update={"lora": None}), dropout=False, seed=0)
     if is_partitioned(model):
         raise UsageError(f"{name} has to be whole in each process, and ZeRO-3 partitions it. Use ZeRO-2, or DDP.")
-    return model.requires_grad_(False).eval().to(device)  # type: ignore[no-untyped-call, arg-type]
+    frozen: PreTrainedModel = model.requires_grad_(False).eval().to(device)  # type: ignore[no-untyped-call]
+    return frozen
 
 
 def unavailable(training: Training, stage: str) -> list[str]:
@@ -273,7 +276,9 @@ def _log_probs(
         distances: Distances = self.distances  # type: ignore[assignment]  # no attribute that transformers has
         tokens, losses = distances(self, batch, taught)
         return {"sums": by_sequence(tokens, batch.lengths), "lengths": batch.lengths, "distances": losses}
-    scored = response_log_probs(self, batch, squares)
+    noise: Noise | None = self.embedding_noise if self.training else None  # type: ignore[assignment]
+    with nullcontext() if noise is None else noisy(self, batch, noise):
+        scored = response_log_probs(self, batch, squares)
     if by_token:
         return {"tokens": scored.tokens}
     outputs = {"sums": scored.sums, "lengths": scored.lengths}

@@ -23,6 +23,7 @@ from mergekit_lite.errors import UsageError, counted, listing
 Role = Literal["source", "target"]
 # How the rows of a batch lie: padded to the longest, end to end, or so with prompts that responses share.
 Layout = Literal["padded", "packed", "shared"]
+JUDGMENT = "\n\nWrite an answer that deserves this judgment:\n"  # between a question and the judgment of an answer
 LEFT_OUT = ("too long", "refused", "malformed", "not aligned", "not taught")  # why a row is
 
 
@@ -53,6 +54,7 @@ class SftRow(BaseModel):
     messages: list[Turn]
     response: str
     cut: bool = False
+    judgment: str | None = None  # of the response: what is wrong with it
 
 
 class TaughtSftRow(SftRow):
@@ -134,6 +136,7 @@ class TrainingRow:
     roles: tuple[Role, ...]  # of the answers
     wins: tuple[float, ...] | None = None  # of the chosen and rejected answers, if all have one
     lesson: Lesson | None = None  # where teachers teach it
+    judged: array[int] | None = None  # the prompt with a judgment of the response, for CUT
 
     @property
     def responses(self) -> tuple[Tokens, ...]:
@@ -150,8 +153,8 @@ class TrainingRow:
 
     @property
     def longest(self) -> int:
-        """The number of tokens of the prompt and the longest response."""
-        return len(self.prompt) + max(map(len, self.answers))
+        """The number of tokens of the prompt, the longer one of two, and the longest response."""
+        return max(len(self.prompt), len(self.judged or ())) + max(map(len, self.answers))
 
 
 class UnfittedRow(NamedTuple):
@@ -161,6 +164,7 @@ class UnfittedRow(NamedTuple):
     roles: tuple[Role, ...]
     wins: tuple[float, ...] | None = None
     lesson: Lesson | None = None
+    judged: tuple[int, ...] | None = None  # see ``TrainingRow``
 
 
 @dataclass
@@ -179,12 +183,18 @@ class TokenRows:
     def add(self, row: UnfittedRow, limits: LengthLimits) -> None:
         """Add a row if it is within the limits, or can be cut to them; else count it."""
         within = fitted(row.responses, limits)
+        judged = None
+        if within is not None and row.judged is not None:
+            judged = fitted((Tokens(row.judged, within.rows[0].response),), limits)
+            within = None if judged is None else within
         if within is None:
             self.counts["too long"] += 1
             return
-        self.counts["cut"] += within.cut
-        answers = tuple(array("i", tokens.response) for tokens in within.rows)
-        self.rows.append(TrainingRow(array("i", within.rows[0].prompt), answers, row.roles, row.wins, row.lesson))
+        self.counts["cut"] += within.cut or (judged is not None and judged.cut)
+        # The same answer in both contexts: as much of it as is left in both.
+        answers = tuple(array("i", tokens.response) for tokens in (judged or within).rows)
+        prompt, other = array("i", within.rows[0].prompt), judged and array("i", judged.rows[0].prompt)
+        self.rows.append(TrainingRow(prompt, answers, row.roles, row.wins, row.lesson, other))
 
     @property
     def summary(self) -> str:
@@ -197,18 +207,29 @@ class TokenRows:
 Tokeniser = Callable[[dict[str, Any]], list[UnfittedRow]]  # of a row as it is in the file
 
 
-def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
-    """Return the rows of ``pairs/sft.jsonl`` as tokens.
+def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits, judged: bool = False) -> TokenRows:
+    """Return the rows of ``pairs/sft.jsonl`` as tokens. With ``judged``, those that have a judgment in two contexts.
 
     Raises:
-        UsageError: the file can't be read, or none of its rows can be trained on.
+        UsageError: the file can't be read, or none of its rows can be trained on, or none has a judgment.
     """
 
     def tokenise(line: dict[str, Any]) -> list[UnfittedRow]:
         row = SftRow.model_validate(line)
-        return [UnfittedRow((template.tokens(messages_of(row.messages), row.response, cut=row.cut),), ("source",))]
+        messages = messages_of(row.messages)
+        plain = template.tokens(messages, row.response, cut=row.cut)
+        if not judged or row.judgment is None or not row.judgment.strip():
+            return [UnfittedRow((plain,), ("source",))]
+        question = Message(role=messages[-1]["role"], content=f"{messages[-1]['content']}{JUDGMENT}{row.judgment}")
+        other = template.tokens([*messages[:-1], question], row.response, cut=row.cut)
+        if other.response != plain.response:
+            raise TemplateError("the answer has other tokens after the judgment than without it")
+        return [UnfittedRow((plain,), ("source",), judged=other.prompt)]
 
-    return read(path, tokenise, template, limits)
+    tokens = read(path, tokenise, template, limits)
+    if judged and all(row.judged is None for row in tokens.rows):
+        raise UsageError(f"train.sft.unlikelihood: no row of {path} has a 'judgment'. Give some, or leave the key out.")
+    return tokens
 
 
 def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits, own: bool = False) -> TokenRows:

@@ -46,7 +46,7 @@ FREE = {
 }
 # Defaults of settings that earlier versions didn't have, which are told only where they differ: their runs go on.
 LATER: dict[str, Any] = {
-    **{"eval": 0, "keep": "last", "options.nll": 0.0, "reference": None},
+    **{"eval": 0, "keep": "last", "options.nll": 0.0, "reference": None, "noise": None, "unlikelihood": None},
     **{"lora.rslora": False, "lora.dora": False, "lora.modules_to_save": [], "lora.base": None},
 }
 NOISY = ("transformers", "accelerate", "DeepSpeed")  # loggers whose warnings say nothing that a user can act on

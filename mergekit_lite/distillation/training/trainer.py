@@ -249,15 +249,24 @@ class TrainingCallback(TrainerCallback):
 
 
 class SftTrainer(ResponseTrainer):
-    """Trains with −log π(y | x) of the responses, averaged over all their tokens in a step's batch."""
+    """Trains with −log π(y | x) of the responses, averaged over all their tokens in a step's batch.
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, rows: OrderedRows, log: Path):
+    With ``twice`` each row is there twice, all rows and then all again: SymNoise gives the two opposite noise.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, args: TrainingArguments, rows: OrderedRows, log: Path, twice: bool = False
+    ):
         super().__init__(model, args, rows, log, figures=("length/response",))
+        self.twice = twice
         # Lets the trainer count the labels of a step over all processes, and leave scaling to the loss.
         self.model_accepts_loss_kwargs = True
 
     def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
-        """Return the model's inputs, and labels for the trainer to count."""
+        """Return the model's inputs for a part of a step, and labels for the trainer to count."""
+        return self._labelled([*rows, *rows] if self.twice else rows)
+
+    def _labelled(self, rows: Sequence[TrainingRow]) -> Inputs:
         laid_out = self.laid_out(rows)
         labels = pad(laid_out.targets, (1, 0), value=NO_LABEL)  # the first label of a row is not counted
         return {**vars(laid_out), "labels": labels[None]}
@@ -276,7 +285,7 @@ class SftTrainer(ResponseTrainer):
         return loss
 
     def _measure(self, rows: Sequence[TrainingRow]) -> None:
-        inputs = self._prepare_inputs(self.batch(rows))
+        inputs = self._prepare_inputs(self._labelled(rows))
         with self.compute_loss_context_manager():
             total = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=self.accelerator.num_processes)
         tokens = sum(len(answer) for row in rows for answer in row.answers)
