@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -187,11 +188,12 @@ def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool | str | Non
 
 
 def _at_work(path: Path, reporter: TerminalReporter) -> Recipe:
-    """Return the recipe in a file, or with rounds that of the round at work."""
+    """Return the recipe in a file, or with rounds that of the round at work, which the first process of a launch tells."""
     from mergekit_lite.distillation.recipe.loading import load
+    from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.rounds import current
 
-    return current(load(path), reporter)
+    return current(load(path), reporter if os.environ.get("RANK", "0") == "0" else Reporter())
 
 
 def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:

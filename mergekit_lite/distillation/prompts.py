@@ -12,7 +12,7 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.checks import unknown_domains
 from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
-from mergekit_lite.distillation.rounds import prompts_of
+from mergekit_lite.distillation.rounds import hold_parts, prompts_of
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
 SHOWN = 5  # malformed rows in a warning
@@ -27,6 +27,7 @@ def read(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
         UsageError: the data can't be read, are empty, or have no prompt of a domain that the recipe names.
     """
     if isinstance(recipe, RoundRecipe):
+        hold_parts(recipe.whole)
         return prompts_of(recipe, settled(recipe.whole, reporter))
     loaded = data.load(recipe.prompts)
     if not recipe.prompts:

@@ -119,6 +119,17 @@ def prompts_of(recipe: RoundRecipe, prompts: Sequence[Prompt]) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.id in part]
 
 
+def hold_parts(recipe: Recipe) -> None:
+    """Save into how many parts the prompts are split. Raises UsageError where rounds have answers to other parts."""
+    assert recipe.rounds is not None
+    parts = recipe.rounds.number if recipe.rounds.prompts == "split" else 1
+    settings = {"parts": parts, "seed": recipe.seed if parts > 1 else None}
+    refusal = f"The rounds in {recipe.folder} have other parts of the prompts"
+    advice = "Set it back; or let the recipe name another `folder`, and start from the model that is there."
+    has_answers = Folder(recipe.folder).has_answers
+    hold_settings(recipe.folder / "rounds.json", settings, "rounds", refusal if has_answers else None, advice)
+
+
 def take_over(recipe: Recipe) -> None:
     """Give a round that asks all prompts again what sources said in the first one, with its scores.
 

@@ -22,6 +22,7 @@ from mergekit_lite.commands import main
 from mergekit_lite.distillation.distilling import distill
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.replay import replayed
+from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.loading import load, parse
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Reporter
@@ -238,6 +239,16 @@ def test_stage_by_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert settings["start"] == str(tmp_path / "made/round-1/train/preference") and "reference" not in settings
 
 
+@pytest.mark.parametrize("changed", [{"number": 3}, {"prompts": "reuse"}])
+def test_other_parts_are_refused(done: Path, changed: dict[str, Any]) -> None:
+    """A third round of two would have prompts of the first; where all rounds have all prompts, there may be more."""
+    recipe = load(done)
+    assert recipe.rounds is not None
+    other = recipe.model_copy(update={"rounds": recipe.rounds.model_copy(update=changed)})
+    with pytest.raises(UsageError, match="parts: was 2, is"):
+        settled(round_of(other, changed.get("number", 2)), Reporter())
+
+
 def test_prompts_that_change_between_rounds_are_refused(done: Path) -> None:
     path = done.parent / "prompts.jsonl"
     before = path.read_text()
@@ -393,7 +404,6 @@ WRONG = [
     ("momentum: 0.3", "momentum: -0.3", "expected greater than or equal to 0"),
     ("objective: dpo", "objective: simpo", "3:32: 'reference' has no effect here: simpo has none"),
     ("objective: dpo", "objective: dpo, reference: org/x", "3:32: 'train.preference' names a 'reference' already"),
-    ("number: 3, reference: first", "number: 3}\nx: {", "unknown key 'x' in the recipe"),
     ("samples: 5", "server: 'http://x/v1', model: policy", "put {round} into its 'model', or take 'serve'"),
     ("sft_share: 0", "sft_share: 0.5", "the recipe has no 'sources'"),
     ("answers: target, ", "gap_own: [1, 2], ", "'gap_own' has no effect here"),
@@ -420,7 +430,7 @@ def test_a_number_alone_is_a_section(tmp_path: Path) -> None:
 
 def test_inpo_needs_the_first_model() -> None:
     wrong = SOUND.replace("objective: dpo", "objective: inpo").replace("reference: first", "reference: start")
-    with pytest.raises(RecipeError, match="3:1: inpo is held to the first model and to the start of the round"):
+    with pytest.raises(RecipeError, match="3:9: inpo is held to the first model and to the start of the round"):
         parse(wrong, "", Path())
     recipe = parse(SOUND.replace("objective: dpo", "objective: inpo"), "", Path())
     references = [round_of(recipe, number).train.preference.reference for number in (1, 2, 3)]  # type: ignore[union-attr]
