@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from mergekit_lite.distillation.data.importing import import_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting, assignments
 from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores, candidates, texts
+from mergekit_lite.distillation.pairing.replay import replayed
 from mergekit_lite.distillation.pairing.table import Counts, PairingTable, table_of
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.checks import pairing_problems, unknown_domains
 from mergekit_lite.distillation.recipe.problems import Problem
-from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe
+from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rules import Answers, Candidate, PreferencePair, win
 from mergekit_lite.errors import RunError, UsageError, counted, listing
@@ -75,6 +77,9 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
     table = table_of(assigned, prompts, inventory, rows)
     table.write(folder.root / "pairs" / "table.json")
     table.show(reporter)
+    for name, lines in rows.items():
+        for number, again in Counter(row["round"] for row in lines if "round" in row).items():
+            reporter.line(f"{name}: {counted(again, 'row')} of round {number} again")
     if missing:
         reporter.line(listing("The preference rows wait for the target's own answers and their scores", missing))
     _hold_rows(table.overall)
@@ -161,6 +166,10 @@ def _write(
     if any(isinstance(assignment, Waiting) for assignment in assigned.values()):
         del rows["preference"]
         folder.pairs("preference").unlink(missing_ok=True)
+    if isinstance(recipe, RoundRecipe):
+        for name in ("sft", "preference"):
+            if name in rows:
+                rows[name] += replayed(recipe, name)
     for name, lines in rows.items():
         write_rows(folder.pairs(name), lines)
     return rows

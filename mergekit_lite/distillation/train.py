@@ -55,8 +55,9 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.distances import DISTANCES
 from mergekit_lite.distillation.on_policy import checks as on_policy
 from mergekit_lite.distillation.on_policy.stage import OnPolicyStage
-from mergekit_lite.distillation.recipe.schema import Preference, Recipe, Sft
+from mergekit_lite.distillation.recipe.schema import Preference, Recipe, RoundRecipe, Sft
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rounds import add_momentum
 from mergekit_lite.distillation.training import arguments
 from mergekit_lite.distillation.training.fuse_stage import fuse_stage
 from mergekit_lite.distillation.training.model import tokenizer_of, unavailable
@@ -87,6 +88,8 @@ def train(recipe: Recipe, reporter: Reporter) -> None:
             return
         stage.run(reporter)
         start = str(folder.trained(name))
+    if isinstance(recipe, RoundRecipe) and recipe.settings.momentum:
+        stage.together(lambda: add_momentum(recipe, reporter))
 
 
 def stage_of(recipe: Recipe, name: str, start: str) -> TrainingStage:

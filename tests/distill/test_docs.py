@@ -25,6 +25,7 @@ from mergekit_lite.distillation.recipe.schema import (
     Preference,
     RecipeSource,
     RecipeTeacher,
+    Rounds,
     Rule,
     Sft,
     Train,
@@ -65,6 +66,17 @@ def test_the_recipe_plans(tmp_path: Path) -> None:
     assert (domain["domain"], domain["prompts"], domain["sft"]) == ("chat", 9, 3)
     recipe = load(tmp_path / "distill.yaml")
     assert recipe.folder == tmp_path / "made"
+
+
+def test_the_recipe_of_rounds_plans(tmp_path: Path) -> None:
+    (tmp_path / "rounds.yaml").write_text(YAML["rounds.yaml"])
+    prompts = [json.dumps({"prompt": f"Question {number}?"}) for number in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    result = CliRunner().invoke(main, ["distill", "run", str(tmp_path / "rounds.yaml"), "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    assert [(each["prompts"], each["replayed"]) for each in json.loads(result.output)["rounds"]] == [
+        *((10, 0), (10, 3), (10, 4))
+    ]
 
 
 def test_the_recipes_of_given_data_load(tmp_path: Path) -> None:
@@ -136,6 +148,7 @@ def test_the_sources_load(tmp_path: Path) -> None:
         ("Keys of SFT", own(Sft)),
         ("Keys of preference training", own(Preference)),
         ("Teachers", RecipeTeacher.model_fields),
+        ("Rounds", Rounds.model_fields),
     ],
 )
 def test_keys_have_the_defaults_that_the_pages_tell(heading: str, keys: dict[str, FieldInfo]) -> None:

@@ -55,6 +55,8 @@ def parse(content: str, source: str, folder: Path) -> Recipe:
     target_source = data.get("target_source")
     if isinstance(target_source, dict):  # users leave its name and model out
         data["target_source"] = {"name": TARGET, "model": TARGET, **target_source}
+    if isinstance(data.get("rounds"), int):
+        data["rounds"] = {"number": data["rounds"]}
     try:
         # From JSON, as strict validation of Python objects takes no list for a tuple and no text for a path.
         recipe = Recipe.model_validate_json(json.dumps(data), strict=True)

@@ -21,6 +21,9 @@ Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "as
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+ReportedModel = (
+    Literal["untrained", "sft", "fuse", "on_policy", "preference"] | Annotated[str, Field(pattern=r"^round-[1-9]\d*$")]
+)
 
 
 class Strict(BaseModel):
@@ -67,6 +70,7 @@ class RecipeSource(Strict):
     samples_for: dict[str, Count] = {}  # overrides by domain
     domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
     sampling: Sampling = Sampling()
+    seed: int | None = None  # of its answers; the recipe's by default
     system: str | None = None  # a system prompt put before messages that have none of their own
     thoughts: Thoughts = "keep"  # of its answers, for training; only: leave out answers without
 
@@ -122,6 +126,8 @@ class PairingRules(Strict):
     cut: Literal["drop", "keep"] = "drop"  # of chosen answers and SFT: those that the limit of tokens cut
     gap: tuple[float | None, float | None] = (None, None)  # least and most difference of scores in a pair
     gap_quantiles: tuple[Share, Share] | None = None  # the same as quantiles of all gaps of the domain
+    gap_own: tuple[float | None, float | None] | None = None  # instead, where the chosen answer is the target's own
+    chosen_score: float | None = None  # the least score of a chosen answer
     split: Literal["share", "availability"] = "share"  # availability: every pair is a preference row, the rest SFT
     sft_share: Share = 0.4  # with split share: of the prompts, rounded down
     rip: dict[Literal["rejected_score", "rejected_length", "gap"], float] = {}  # RIP's three thresholds
@@ -151,6 +157,11 @@ class Pairing(PairingRules):
         if self.rule == "as_is" or (self.split == "share" and self.sft_share == 1):
             return False
         return self.rule in TARGET_RULES or (self.rule != "fusechat3" and self.answers != "sources")
+
+    @property
+    def reads_sources(self) -> bool:
+        """Whether rows may be made of sources' answers."""
+        return not self.needs_target or self.sft_share > 0 or self.rule in TARGET_RULES or self.answers != "target"
 
     def of(self, domain: str) -> Pairing:
         """Return the pairing of one domain, without further overrides.
@@ -306,6 +317,16 @@ class Train(Strict):
         return next((name for name in reversed(self.stages) if name != "preference"), None)
 
 
+class Rounds(Strict):
+    """The distillation again and again, each time from the model that the last time made."""
+
+    number: Count
+    prompts: Literal["split", "reuse"] = "split"  # split: each round has its own part of them; reuse: all in each
+    reference: Literal["start", "first"] = "start"  # of preference training: what it starts from, or the first model
+    momentum: Annotated[float, Field(ge=0)] = 0  # of the step from the last round's trained model to this one's
+    replay: tuple[Share, ...] = ()  # of the rows of the last round, of the one before it, …, trained on again
+
+
 class ReportSettings(Strict):
     """What the models are compared on: the target before training, and after each training."""
 
@@ -313,7 +334,7 @@ class ReportSettings(Strict):
     samples: Count = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
-    servers: dict[Literal["untrained", "sft", "fuse", "on_policy", "preference"], str | tuple[str, ...]] = {}  # of each
+    servers: dict[ReportedModel, str | tuple[str, ...]] = {}  # of each
     examples: Count = 4  # prompts whose answers are shown side by side
 
 
@@ -323,6 +344,7 @@ class Recipe(Strict):
     folder: Path  # of everything it makes
     seed: int = 0
     target: str  # the model to train
+    rounds: Rounds | None = None  # in a file the number alone may stand for the section
     rows: GivenRows | None = None  # to train on; then there are no prompts, sources, scorers and pairs
     prompts: tuple[Prompts, ...] = ()  # those of the given answers by default
     sources: tuple[RecipeSource, ...] = ()
@@ -332,3 +354,16 @@ class Recipe(Strict):
     teachers: tuple[RecipeTeacher, ...] = ()  # for ``train.fuse`` and ``train.on_policy``
     train: Train
     report: ReportSettings = ReportSettings()
+
+
+class RoundRecipe(Recipe):
+    """The recipe of one round, which ``rounds.py`` makes of the whole: no file has one."""
+
+    whole: Recipe
+    number: Count  # of the round
+
+    @property
+    def settings(self) -> Rounds:
+        """How the rounds are."""
+        assert self.rounds is not None
+        return self.rounds

@@ -123,7 +123,7 @@ class TrainingStage:
 
     def _accept(self, reporter: Reporter) -> None:
         """Take the finished folder as it is, once it is checked."""
-        self._together(self._check_earlier)
+        self.together(self._check_earlier)
         if self.is_main:
             self.workspace.tidy()
             reporter.line(f"{self.name}: done, {self.final}")
@@ -282,9 +282,9 @@ class TrainingStage:
             )
             self.workspace.publish(record)
 
-        self._together(write)
+        self.together(write)
 
-    def _together(self, work: Callable[[], None]) -> None:
+    def together(self, work: Callable[[], None]) -> None:
         """Do in the main process what one must do for all, and raise its error in all of them."""
         from accelerate.utils import broadcast_object_list
 
