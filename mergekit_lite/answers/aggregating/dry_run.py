@@ -14,7 +14,7 @@ from typing import NamedTuple
 from mergekit_lite.answers.aggregating.calls import Item, digests
 from mergekit_lite.answers.aggregating.recipe import Aggregate
 from mergekit_lite.answers.aggregating.running import ledger_of, reply_of
-from mergekit_lite.answers.aggregating.steps import Call, Lost, layer, said_in
+from mergekit_lite.answers.aggregating.steps import Call, Conversation, Lost, layer, said_in
 from mergekit_lite.answers.asked_model import AskedModel
 from mergekit_lite.answers.asking import Task
 from mergekit_lite.answers.ledger import Ledger
@@ -58,9 +58,9 @@ def dry_run(aggregate: Aggregate, tasks: Iterable[Task], path: Path) -> list[Mod
 
 
 def _walk(aggregate: Aggregate, item: Item, ledger: Ledger[str], counts: Mapping[str, _Count]) -> None:
-    by_name = aggregate.by_name
+    by_name, asked = aggregate.by_name, Conversation(item.task.prompt.messages, aggregate.systems)
     for steps in aggregate.layers:
-        running = layer(steps, item.task.prompt.messages, item.drafts)
+        running = layer(steps, asked, item.drafts)
         try:
             calls = next(running)
             while True:

@@ -30,7 +30,7 @@ def critiques_in(reply: str, drafts: int) -> list[str] | None:
     critiques: list[str] = []
     rest = reply
     for number in range(1, drafts + 1):
-        heading = re.search(rf"^\W*\[{number}\]\W*?", rest, re.MULTILINE)
+        heading = re.search(rf"^\W*\[{number}\][*_:]*", rest, re.MULTILINE)
         if heading is None:
             return None
         if number > 1:

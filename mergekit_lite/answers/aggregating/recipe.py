@@ -52,6 +52,11 @@ class Aggregate(BaseModel):
         return self.model_copy(update={"models": tuple(located(model, folder) for model in self.models)})
 
     @property
+    def systems(self) -> Mapping[str, str | None]:
+        """The system prompts of the models, by their names."""
+        return {model.name: model.system for model in self.models}
+
+    @property
     def by_name(self) -> Mapping[str, AskedModel]:
         """The models by their names."""
         return {model.name: model for model in self.models}

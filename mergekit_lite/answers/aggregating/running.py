@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 from mergekit_lite.answers.aggregating.calls import Item, digests
 from mergekit_lite.answers.aggregating.recipe import Aggregate, Step
-from mergekit_lite.answers.aggregating.steps import Asking, Call, Drafts, Lost, layer, said_in
+from mergekit_lite.answers.aggregating.steps import Asking, Call, Conversation, Drafts, Lost, layer, said_in
 from mergekit_lite.answers.asked_model import AskedModel
 from mergekit_lite.answers.asking import Notes, Task, reasons, repeated
 from mergekit_lite.answers.ledger import Ledger
@@ -137,7 +137,8 @@ class _Running:
     def through(self, steps: Sequence[Step]) -> bool:
         """Bring every item through a layer; return whether the next one may begin."""
         live = [item for item in self.found.items if not item.lost]
-        running = {item: layer(steps, item.task.prompt.messages, item.drafts) for item in live}
+        systems = self.aggregate.systems
+        running = {item: layer(steps, Conversation(item.task.prompt.messages, systems), item.drafts) for item in live}
         if any(step.step == "fuse" for step in steps):
             for item in live:
                 item.fusions = []
