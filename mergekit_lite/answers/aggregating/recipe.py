@@ -129,7 +129,7 @@ def wrong_aggregate(at: KeyPath, aggregate: Aggregate) -> Iterator[Problem]:
 
 
 def drafts_after(layer: tuple[Step, ...], drafts: int) -> int:
-    """Return how many drafts a layer leaves at most, of so many before it."""
+    """Return how many drafts a layer leaves at most, where there are ``drafts`` before it."""
     first = layer[0]
     if first.step in TOGETHER:
         return sum(step.samples * len(step.model) for step in layer)

@@ -38,7 +38,7 @@ def _completed(data: dict[str, Any]) -> None:
     if isinstance(own := data.get("target_source"), dict):
         data["target_source"] = {"name": TARGET, "model": TARGET, **own}
     sources = data.get("sources")
-    for source in sources if isinstance(sources, list) else ():
+    for source in (*(sources if isinstance(sources, list) else ()), data.get("target_source")):
         if isinstance(source, dict) and isinstance(source.get("aggregate"), dict):
             complete(source["aggregate"])
 

@@ -19,6 +19,7 @@ PROMPTS = [
     {"id": "p1", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And two?"}]},
     {"id": "p2", "messages": [{"role": role, "content": role} for role in ("user", "assistant", "user")]},
 ]
+MOST = 64  # tokens of a reply
 Conversation = Sequence[dict[str, str]]
 
 
@@ -52,7 +53,10 @@ def place(folder: Path, url: str, layers: list[Any], prompts: list[dict[str, Any
     write_rows(folder / "prompts.jsonl", prompts)
     steps = [step for layer in layers for step in (layer if isinstance(layer, list) else [layer])]
     names = sorted({name for step in steps for name in ([*step["model"]])})
-    models = [{"name": name, "model": name.upper(), "server": url, "retries": 1} for name in names]
+    models = [
+        {"name": name, "model": name.upper(), "server": url, "retries": 1, "sampling": {"max_tokens": MOST}}
+        for name in names
+    ]
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump({"models": models, "layers": layers, **changes}))
     return path

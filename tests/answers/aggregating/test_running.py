@@ -16,7 +16,7 @@ from mergekit_lite.answers.aggregating import messages as asked
 from mergekit_lite.answers.aggregating.messages import FUSE, RESPONSES, Draft
 from mergekit_lite.answers.prompts import digest_of
 from mergekit_lite.answers.replies import Reply
-from tests.answers.aggregating.aggregates import PROMPTS, answer, place, reply, rows, says
+from tests.answers.aggregating.aggregates import MOST, PROMPTS, answer, place, reply, rows, says
 from tests.answers.fake_server import Fake, fake_server
 
 MOA = [
@@ -286,7 +286,7 @@ def test_a_dry_run_tells_what_is_asked(fake: Fake, tmp_path: Path) -> None:
                 for message in body["messages"]
             ]
             assert sum(map(len, texts)) / 4 <= reads[name]
-            assert next(model["writes"] for model in plan["models"] if model["model"] == name) == 2048 * most[name]
+            assert next(model["writes"] for model in plan["models"] if model["model"] == name) == MOST * most[name]
     told = answer(recipe, "--dry-run")[1]
     assert "6 answers to 3 prompts, 6 layers" in told and fake.url in told
 
