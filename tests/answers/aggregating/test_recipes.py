@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from mergekit_lite.answers.aggregating.recipe import load
+from mergekit_lite.answers.aggregating.recipe import KEYS, AnswerRecipe, load
+from mergekit_lite.commands import main
 from mergekit_lite.yaml_document import RecipeError
 from tests.answers.aggregating.aggregates import answer
 
@@ -80,6 +83,24 @@ def test_what_is_wrong_is_told(old: str, new: str, told: str | None, tmp_path: P
 def test_shipped_recipes_load(path: Path) -> None:
     recipe = load(path)
     assert recipe.name == path.stem and path.read_text().startswith(f"# {path.name}\n")
+
+
+def test_the_page_tells_of_all_keys_and_its_recipe_loads(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "answer.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(# moa\.yml\n.*?)```", page, re.DOTALL)
+    (tmp_path / "moa.yml").write_text(text)
+    assert len(load(tmp_path / "moa.yml").layers) == 3
+    tables = [dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| ", part, re.MULTILINE)) for part in page.split("\n## ")]
+    assert tables[0].keys() == AnswerRecipe.model_fields.keys()
+    for name in ("name", "seed", "samples"):
+        assert tables[0][name] == str(AnswerRecipe.model_fields[name].default)
+    assert {kind: tuple(re.findall(r"`(\w+)`", keys)) for kind, keys in tables[1].items()} == KEYS
+    assert all(f"`recipes/answer/{path.name}`" in page for path in SHIPPED)
+    options = {
+        option for command in re.findall(r"^    mergekit-lite (.*)$", page, re.MULTILINE) for option in command.split()
+    }
+    told = CliRunner().invoke(main, ["answer", "--help"]).output
+    assert all(option in told for option in options if option.startswith("-"))
 
 
 def test_paths_are_from_the_folder_of_the_recipe_and_must_be_there(tmp_path: Path) -> None:
