@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from mergekit_lite.verification import Verification, verify
 
 __all__ = [
-    "Answered", "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings", "Finished",
-    "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed", "Pushed",
+    "Answered", "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
+    "Finished", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed", "Pushed",
     "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "answer", "apply_vectors", "boost",
     "build_moe", "combine_adapters", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate",
     "extrapolate_run", "inspect", "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors",

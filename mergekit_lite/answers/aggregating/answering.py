@@ -28,6 +28,7 @@ from mergekit_lite.answers.rows import Prompt, seed_of, write_rows
 from mergekit_lite.answers.server import Served
 from mergekit_lite.answers.thoughts import is_cut
 from mergekit_lite.errors import RunError, UsageError, counted, listing
+from mergekit_lite.options import named_options
 
 
 class Untold:
@@ -88,6 +89,7 @@ class Answered:
     missing: tuple[str, ...]  # messages
 
 
+@named_options
 def answer(
     prompts: str | Path | Sequence[str | Path],
     recipe: str | Path,

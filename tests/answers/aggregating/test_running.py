@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mergekit_lite.answers import server as server_module
 from mergekit_lite.answers.aggregating import messages as asked
@@ -289,6 +291,19 @@ def test_a_dry_run_tells_what_is_asked(fake: Fake, tmp_path: Path) -> None:
             assert next(model["writes"] for model in plan["models"] if model["model"] == name) == MOST * most[name]
     told = answer(recipe, "--dry-run")[1]
     assert "6 answers to 3 prompts, 6 layers" in told and fake.url in told
+
+
+def test_a_model_whose_server_is_started_here(fake: Fake, tmp_path: Path) -> None:
+    recipe = place(tmp_path, fake.url, [{"step": "generate", "model": ["a", "b"]}, {"step": "fuse", "model": "b"}])
+    (tmp_path / "own").mkdir()
+    content = yaml.safe_load(recipe.read_text())
+    serve = f"{sys.executable} {Path(__file__).parents[2] / 'distill' / 'serving.py'} {{model}} {{port}}"
+    content["models"][0] = {"name": "a", "model": "./own", "serve": serve, "sampling": {"max_tokens": 9}}
+    recipe.write_text(yaml.safe_dump(content))
+    assert json.loads(answer(recipe, "--json")[1])["asked"] == {"a": 3, "b": 6}
+    fused = [body["messages"][0]["content"] for body in fake.bodies if RESPONSES in body["messages"][0]["content"]]
+    assert len(fused) == 3 and all("\n1. served own: " in text and "\n2. B says" in text for text in fused)
+    assert "ready" in (tmp_path / "answers.a.server.log").read_text()
 
 
 def test_files_of_others_are_not_replaced(fake: Fake, tmp_path: Path) -> None:
