@@ -145,7 +145,7 @@ def prepare(
     if rows and not any(step.step == "fuse" for layer in loaded.layers for step in layer):
         problems.append("rows to learn from are conversations with drafts and their fusion: the recipe has no 'fuse'")
     if not tasks:
-        problems.append("there is no prompt to answer")
+        problems += asked.problems or ["the files have no prompt to answer"]
     if problems:
         raise UsageError(problems[0] if len(problems) == 1 else listing("This can't be done as asked", problems))
     return prepared

@@ -51,7 +51,7 @@ class RecipeSource(AskedModel):
     aggregate: Aggregate | None = None  # instead of a model: several, and the layers of steps that they take
     one_request: bool = False  # for all answers to a prompt, as far as the server gives several (`n`)
     samples: Count = 5  # answers to each prompt
-    samples_for: dict[str, Count] = Field({})  # overrides by domain
+    samples_for: dict[str, Count] = Field(default={})  # overrides by domain
     domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
     thoughts: Thoughts = "keep"  # of its answers, for training; only: leave out answers without
 

@@ -11,10 +11,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import pytest
 import yaml
 
 from mergekit_lite.answers.rows import write_rows
-from tests.answers.aggregating.aggregates import place, reply
+from tests.answers.aggregating.aggregates import answer, place, reply
 from tests.answers.fake_server import Fake, fake_server
 from tests.answers.test_local import write_model
 from tests.processes import Ended, Forked, preload, run, started
@@ -80,12 +81,13 @@ def test_killed_while_servers_are_asked(tmp_path: Path) -> None:
         assert fake.answered_for["last run"] == last < TOTAL
         assert all(fake.answered_for[key] <= number for key, number in missing.items())
         fake.on_request = lambda text: None
-        assert run(whole, *COMMAND).returncode == 0
+        assert answer(whole / "recipe.yml", "--rows")[0] == 0
     assert sorted(path.name for path in killed.iterdir()) == sorted([*FILES, "prompts.jsonl", "recipe.yml"])
     for name in FILES:
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_while_models_in_the_process_answer(tmp_path: Path) -> None:
     moment = random.randrange(1, 25)
     print(f"moment {moment}")
@@ -102,9 +104,8 @@ def test_killed_while_models_in_the_process_answer(tmp_path: Path) -> None:
         stop(process, signal.SIGKILL, tmp_path / "killed", moment)
     assert moment <= replies(tmp_path / "killed") < len(PROMPTS) * (4 + 3)
     for folder in ("killed", "whole"):
-        ended = run(tmp_path / folder, *COMMAND, "--json")
-        assert ended.returncode == 0, ended.stderr
-    asked = json.loads(ended.stdout)["asked"]
-    assert asked == {"a": len(PROMPTS) * 2, "b": len(PROMPTS) * (2 + 3)}
+        code, told, error = answer(tmp_path / folder / "recipe.yml", "--rows", "--json")
+        assert code == 0, error
+    assert json.loads(told)["asked"] == {"a": len(PROMPTS) * 2, "b": len(PROMPTS) * (2 + 3)}
     for name in FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
