@@ -172,7 +172,10 @@ def carry_out(prepared: Prepared, reports: Reports, *, rows: bool = False, skip_
         raise RunError(listing("No prompt could be answered", found.missing))
     for message in found.missing:
         reports.warn(message)
-    write_rows(prepared.output, (_answer_row(recipe.name, item) for item in found.answered))
+    answers = [_answer_row(recipe.name, item) for item in found.answered]
+    write_rows(prepared.output, answers)
+    if cut := sum("cut" in row for row in answers):
+        reports.warn(f"{counted(cut, 'answer')} of {len(answers):,} cut at max_tokens")
     written = list(_aggregator_rows(found)) if rows else []
     if rows:
         write_rows(prepared.rows, written)

@@ -63,6 +63,7 @@ class Draft(NamedTuple):
     model: str  # the name of the model that wrote it
     reply: Reply  # as it came
     critique: str = ""  # of it; empty where nobody criticised it
+    doubted: bool = False  # it was found incorrect, as were all others
 
 
 def with_drafts(

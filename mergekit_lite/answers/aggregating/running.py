@@ -27,7 +27,7 @@ from mergekit_lite.answers.server import Served, answers_of
 from mergekit_lite.errors import counted
 
 REPLY: Fields = {"call": str, "text": str, "finish": str}
-SAID_NOTHING = "its reply has no text but thoughts"
+SAID_NOTHING = "a reply that is blank, or thoughts alone: raise max_tokens"
 Opened: TypeAlias = Callable[[AskedModel], AbstractContextManager[Served | Local]]
 
 
@@ -109,17 +109,18 @@ def run(
             if not running.through(steps):
                 found.stopped = True
                 return found
+        used = [key for item in found.items for key in item.used]
+        # What another recipe, or more prompts, were asked for stays behind: it was paid for.
+        ledger.expected = tuple(dict.fromkeys([*used, *ledger.keys]))
+        ledger.finish(with_missing=True)
     finally:
         ledger.close()
-    used = [key for item in found.items for key in item.used]
-    # What another recipe, or more prompts, were asked for stays behind: it was paid for.
-    ledger_of(path, list(dict.fromkeys([*used, *ledger.keys]))).finish(with_missing=True)
     return found
 
 
-def ledger_of(path: Path, keys: Sequence[str] = ()) -> Ledger[str]:
-    """Return the ledger of replies, by the keys of their calls; the finished file has those ``keys``."""
-    return Ledger(path, keys, lambda row: str(row["call"]), REPLY)
+def ledger_of(path: Path) -> Ledger[str]:
+    """Return the ledger of replies, by the keys of their calls. Which ones are wanted shows as they come."""
+    return Ledger(path, (), lambda row: str(row["call"]), REPLY)
 
 
 @dataclass
@@ -142,19 +143,25 @@ class _Running:
         if any(step.step == "fuse" for step in steps):
             for item in live:
                 item.fusions = []
-        sent: dict[Item, list[Reply | None] | None] = dict.fromkeys(live)
+        sent: Mapping[Item, list[Reply | None] | None] = dict.fromkeys(live)
         while asked := [each for item, replies in sent.items() for each in _next(item, running[item], replies)]:
             replies, lacks = self._replies(asked)
             if lacks:
                 self.found.missing += lacks
                 if not self.skip_missing:
                     return False
-            sent = {}
+            came: dict[Item, list[Reply | None]] = {}
             for each in asked:
                 reply = replies.get(each.key)
-                _list_of(sent, each.item).append(reply)
+                came.setdefault(each.item, []).append(reply)
                 if each.call.step == "fuse" and reply is not None:
                     each.item.fusions.append((each.call.messages, reply))
+            sent = came
+        doubted = sum(any(draft.doubted for draft in item.drafts) for item in live)
+        if doubted:
+            self.reports.warn(
+                f"{self.title}: none of the drafts found correct for {doubted:,} of {len(live):,}: all go on"
+            )
         lost = {item.task.key: item.lost for item in live if item.lost}
         if lost:
             self.found.missing.append(
@@ -241,12 +248,6 @@ def _next(item: Item, running: Asking[Drafts], replies: list[Reply | None] | Non
         item.lost = str(lost)
         return []
     return [Asked(item, call, item.task_of(call)) for call in calls]
-
-
-def _list_of(sent: dict[Item, list[Reply | None] | None], item: Item) -> list[Reply | None]:
-    replies = sent.setdefault(item, [])
-    assert replies is not None
-    return replies
 
 
 def _answers(

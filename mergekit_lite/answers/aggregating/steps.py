@@ -152,7 +152,8 @@ def verify(step: Step, asked: Conversation, drafts: Drafts) -> Asking[Drafts]:
         for draft, check in zip(drafts, checks, strict=True)
     ]
     verdicts = yield from _read(calls, verdict_in, "verdict")
-    return tuple(draft for draft, right in zip(drafts, verdicts, strict=True) if right) or drafts
+    correct = tuple(draft._replace(doubted=False) for draft, right in zip(drafts, verdicts, strict=True) if right)
+    return correct or tuple(draft._replace(doubted=True) for draft in drafts)
 
 
 STEPS: dict[Kind, Callable[[Step, Conversation, Drafts], Asking[Drafts]]] = {

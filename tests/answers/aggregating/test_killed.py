@@ -20,7 +20,7 @@ from tests.answers.fake_server import Fake, fake_server
 from tests.answers.test_local import write_model
 from tests.processes import Ended, Forked, preload, run, started
 
-preload("httpx2", "mergekit_lite.answers.aggregating.answering", "transformers.models.llama.modeling_llama")
+preload("httpx2", "mergekit_lite.answers.aggregating.answering")
 
 PROMPTS = [{"id": f"p{number}", "prompt": f"question {'again ' * (number % 5)}{number}"} for number in range(8)]
 LAYERS = [

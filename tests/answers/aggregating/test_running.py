@@ -240,6 +240,22 @@ def test_what_can_not_be_read_is_asked_again_and_told(tmp_path: Path) -> None:
         assert answer(recipe)[0] == 1 and len(fake.bodies) == before
 
 
+def test_drafts_that_are_all_found_incorrect_go_on_and_cut_answers_are_told(fake: Fake, tmp_path: Path) -> None:
+    layers = [
+        {"step": "generate", "model": ["a", "b"]},
+        {"step": "verify", "model": "c"},
+        {"step": "fuse", "model": "a"},
+    ]
+    fake.reply = lambda body: "Verdict: incorrect" if "Verdict: correct" in str(body["messages"]) else reply(body)
+    prompts = [*PROMPTS, {"id": "long", "prompt": "A long one?"}]
+    code, _, error = answer(place(tmp_path, fake.url, layers, prompts))
+    assert code == 0 and "layer 2 of 3: none of the drafts found correct for 4 of 4: all go on" in error
+    assert "1 answer of 4 cut at max_tokens" in error
+    answers = rows(tmp_path / "answers.jsonl")
+    assert [row["response"] for row in answers] == [naive(prompt, [layers[0], layers[2]]) for prompt in prompts]
+    assert [row.get("cut") for row in answers] == [None, None, None, True]
+
+
 def test_thoughts_stay_out_of_drafts(fake: Fake, tmp_path: Path) -> None:
     layers = [{"step": "generate", "model": ["a", "b"]}, {"step": "fuse", "model": "a"}]
     fake.reply = lambda body: f"<think>\nSecret.\n</think>\n\n{reply(body)}"
@@ -250,7 +266,7 @@ def test_thoughts_stay_out_of_drafts(fake: Fake, tmp_path: Path) -> None:
     assert not any("Secret" in str(body["messages"]) for body in fake.bodies)
     fake.reply = lambda body: "<think>\nSecret." if body["model"] == "B" else reply(body)
     code, _, error = answer(place(tmp_path / "cut", fake.url, layers))
-    assert code == 1 and "its reply has no text but thoughts (3×" in error
+    assert code == 1 and "a reply that is blank, or thoughts alone: raise max_tokens (3×" in error
 
 
 def test_rows_teach_to_aggregate(fake: Fake, tmp_path: Path) -> None:
