@@ -80,6 +80,8 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ra
     for group in (behind_servers, *([each] for each in unfinished if each.source.server is None)):
         missing += _ask(recipe, group, reporter, ray)
     for each in aggregates:
+        if ray is not None:
+            reporter.line(f"{each.source.name}: models that answer together are asked from this machine")
         missing += _aggregate(recipe, each, reporter, skip_missing)
     if missing and not skip_missing:
         raise RunError(

@@ -47,7 +47,7 @@ def replies(folder: Path) -> int:
 
 
 def stop(process: Forked, how: signal.Signals, folder: Path, moment: int) -> Ended:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while replies(folder) < moment:
         assert process.running and time.monotonic() < until, "too late"
         time.sleep(0.002)

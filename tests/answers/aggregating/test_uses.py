@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from mergekit_lite.answers.prompts import Prompts, load
 from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.answers.scoring.scorer import Judged, ScorerSettings
+from mergekit_lite.commands import main
 from mergekit_lite.distillation.data.importing import import_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import GivenRows
@@ -18,6 +20,7 @@ from tests.answers.aggregating.aggregates import PROMPTS, answer, place, reply, 
 from tests.answers.fake_server import Fake, fake_server
 from tests.distill.recipes import write_recipe
 from tests.distill.test_aggregate import sample
+from tests.models import state, tuned, write_folder
 
 LAYERS = [{"step": "generate", "model": ["a", "b"]}, {"step": "fuse", "model": "a"}]
 FUNCTION = """
@@ -67,4 +70,10 @@ def test_a_function_has_them_beside_a_candidates(answered: Path, monkeypatch: py
         for text, value in (("x" * 1000, 1.0), ("x", 0.0)):
             scores = scorer.score([Judged(prompt, text) for prompt in prompts])
             assert [score.value for score in scores] == [value] * len(prompts)
+    write_folder(answered / "sft", state(0))
+    write_folder(answered / "dpo", tuned(state(0), 1))
+    monkeypatch.chdir(answered)
+    command = "boost sft dpo --prompts answers.jsonl --score function:aggregates_opponent:better -o out --dry-run"
+    ran = CliRunner().invoke(main, [*command.split(), "--device", "cpu"])
+    assert ran.exit_code == 0 and f"{len(PROMPTS)} prompts" in ran.output, ran.output
     sys.modules.pop("aggregates_opponent")
