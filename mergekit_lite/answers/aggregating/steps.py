@@ -82,7 +82,8 @@ def fuse(step: Step, asked: Conversation, drafts: Drafts) -> Asking[Drafts]:
     """Have each model make one draft of all, ``samples`` times.
 
     With a ``window`` it sees no more drafts than that at once, as Self-MoA-Seq (Li et al. 2025, arXiv 2502.00674) does:
-    the first ones, then what it made of them in front of the next ones, and so on.
+    the first ones, then what it made of them in front of the next ones, and so on. The form is that of third parties:
+    the authors published no code.
     """
     if step.window is None or step.window >= len(drafts):
         return (yield from _drafted(step, lambda model: _to_fuse(step, asked.to(model), drafts)))
