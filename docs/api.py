@@ -26,10 +26,10 @@ SECTIONS = {
     "Sharing": ("push",),
     "Mixtures of experts": ("build_moe", "upcycle", "split_experts", "prune_experts", "merge_experts"),
     "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors", "combine_adapters"),
-    "Searching and teaching": ("boost", "BoostOptions", "preview", "distill"),
+    "Searching and teaching": ("boost", "BoostOptions", "preview", "answer", "distill"),
     "What functions take and return": (
         *("Plan", "Recipe", "Checkpoint", "Inspection", "Comparison", "Verification", "Extracted", "Boosted", "Pushed"),
-        *("Preview", "Previewed", "Findings"),
+        *("Preview", "Previewed", "Answered", "Findings"),
     ),
     "Errors": ("MergekitLiteError", "UsageError", "CheckpointError", "PlanError", "NonFiniteError", "RunError"),
 }

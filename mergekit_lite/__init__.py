@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from mergekit_lite._version import __version__
 
 if TYPE_CHECKING:
+    from mergekit_lite.answers.aggregating.answering import Answered, answer
     from mergekit_lite.boosting.boosting import Boosted, boost
     from mergekit_lite.boosting.options import BoostOptions
     from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
@@ -58,16 +59,18 @@ if TYPE_CHECKING:
     from mergekit_lite.verification import Verification, verify
 
 __all__ = [
-    "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings", "Finished",
-    "Gathered", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed",
-    "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
-    "build_moe", "combine_adapters", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate",
-    "extrapolate_run", "gather_statistics", "inspect", "make_plan", "merge", "merge_experts", "merge_states",
-    "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge", "plan_run_extrapolation", "preview",
-    "prune_experts", "push", "run", "split_experts", "transplant", "upcycle", "verify",
+    "Answered", "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
+    "Finished", "Gathered", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview",
+    "Previewed", "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__",
+    "answer", "apply_vectors", "boost", "build_moe", "combine_adapters", "combine_vectors", "compare", "distill",
+    "extract_vector", "extrapolate", "extrapolate_run", "gather_statistics", "inspect", "make_plan", "merge",
+    "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge",
+    "plan_run_extrapolation", "preview", "prune_experts", "push", "run", "split_experts", "transplant", "upcycle",
+    "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
+    "answers.aggregating.answering": ("Answered", "answer"),
     "boosting.boosting": ("Boosted", "boost"),
     "boosting.options": ("BoostOptions",),
     "checkpoint": ("Checkpoint", "open_checkpoint"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.rows import Answer, Key, Prompt
+from mergekit_lite.errors import counted
+
+SHOWN = 3  # reasons of missing answers in a message
 
 
 class Sampling(BaseModel):
@@ -76,3 +79,34 @@ class Respondent(Protocol):
         ``tasks`` are all tasks of the run, including those done: batches are cut from all of them in a first and in a
         resumed run, so that an answer never depends on where the run was stopped.
         """
+
+
+class Notes:
+    """Tells what is found out about servers while they are asked, each thing once."""
+
+    def __init__(self, respondents: Mapping[str, Respondent], warn: Callable[[str], None]):
+        self._respondents, self._warn = respondents, warn
+        self._told: Counter[str] = Counter()  # notes, by name
+
+    def tell(self) -> None:
+        """Tell what is new."""
+        for name, who in self._respondents.items():
+            for note in who.failures.notes[self._told[name] :]:
+                self._warn(f"{name}: {note}")
+                self._told[name] += 1
+
+
+def repeated(failures: Failures) -> str | None:
+    """Return how many requests were made again, and why; None for none."""
+    if not failures.retried:
+        return None
+    why = ", ".join(f"{reason} {count:,}×" for reason, count in failures.retried.most_common())
+    return f"{counted(failures.retried.total(), 'request')} made again: {why}"
+
+
+def reasons(lost: Mapping[Key, str]) -> str:
+    """Return why answers are missing, the most frequent reasons first."""
+    example = {why: key.prompt for key, why in lost.items()}
+    counts = Counter(lost.values()).most_common()
+    shown = [f"{why} ({count:,}×, for instance the prompt {example[why]})" for why, count in counts[:SHOWN]]
+    return "; ".join(shown) + (f"; and {len(counts) - SHOWN:,} other reasons" if len(counts) > SHOWN else "")

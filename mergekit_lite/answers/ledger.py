@@ -51,6 +51,11 @@ class Ledger(Generic[K]):
         return key in self._places
 
     @property
+    def keys(self) -> list[K]:
+        """The keys that have a row, expected or not, as they were found and appended."""
+        return list(self._places)
+
+    @property
     def missing(self) -> list[K]:
         """The keys that have no row yet, in order."""
         return [key for key in self.expected if key not in self._places]
@@ -60,9 +65,9 @@ class Ledger(Generic[K]):
         """Whether the file has the expected rows and the partial file is gone."""
         return self._finished == self.expected and self.path.exists() and not self.partial.exists()
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the stored rows, in the expected order."""
-        yield from map(json.loads, self._lines())
+    def rows(self, keys: Iterable[K] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the stored rows of some keys, in their order; by default of those that are expected."""
+        yield from map(json.loads, self._lines(self.expected if keys is None else keys))
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows; when this returns, a kill of the process doesn't lose them.
@@ -86,7 +91,7 @@ class Ledger(Generic[K]):
         if not with_missing and (missing := self.missing):
             raise ValueError(f"{self.path}: {len(missing)} rows are missing")
         if not self.is_finished:
-            write_lines(self.path, self._lines())
+            write_lines(self.path, self._lines(self.expected))
         self.close()
         self.partial.unlink(missing_ok=True)
         self._lock_file.unlink(missing_ok=True)
@@ -109,10 +114,10 @@ class Ledger(Generic[K]):
             self._lock.close()
             self._lock = None
 
-    def _lines(self) -> Iterator[bytes]:
+    def _lines(self, keys: Iterable[K]) -> Iterator[bytes]:
         files: dict[Path, BinaryIO] = {}
         try:
-            for key in self.expected:
+            for key in keys:
                 if key in self._places:
                     path, start = self._places[key]
                     file = files.get(path) or files.setdefault(path, path.open("rb"))

@@ -108,7 +108,7 @@ class Local:
 
     def _prompt(self, task: Task) -> tuple[int, ...] | None:
         try:
-            tokens = self.template.prompt(with_system(task.prompt.messages, self.system))
+            tokens = self._tokens(task)
         except TemplateError as error:
             self._refused[task.prompt.id] = str(error)
             return None
@@ -116,6 +116,10 @@ class Local:
             self._refused[task.prompt.id] = f"the prompt has {len(tokens):,} tokens, the model takes {self._context:,}"
             return None
         return tokens
+
+    def _tokens(self, task: Task) -> tuple[int, ...]:
+        """Return what the model reads of a task. Raises TemplateError where its template refuses that."""
+        return self.template.prompt(with_system(task.prompt.messages, self.system))
 
     def _drawn(self, batch: Sequence[_Work]) -> Iterator[Draw]:
         import torch
@@ -169,6 +173,11 @@ class Local:
     def _whole(self, text: str) -> str:
         """Return an answer with the mark of the thoughts that the chat template has opened, and it goes on from."""
         return self.template.opens_thoughts + text
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks for the user on how prompts were written."""
+        return self.template.notes
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -123,6 +123,8 @@ def _place(place: int, choice: Any) -> int:
 
 def _reply(choice: Any, tokens: int | None) -> Reply:
     message = choice.get("message") if isinstance(choice, dict) else None
+    if isinstance(choice, dict) and "message" not in choice and isinstance(choice.get("text"), str):
+        message = {"content": choice["text"]}  # of a completion
     if not isinstance(message, dict):
         raise Failed(UNREADABLE, repeat=True)
     text, finish = message.get("content"), choice.get("finish_reason")

@@ -33,12 +33,14 @@ COMMANDS = {  # with what help says of each in a line
     "vector": "Extract, apply and combine task vectors.",
     "tokenizer": "Give a model another one's tokenizer.",
     "moe": "Build a mixture of experts from dense models.",
+    "answer": "Answer prompts by several models together.",
     "distill": "Teach a small model by preferences.",
     "boost": "Choose alpha or recipe numbers by measuring.",
     "preview": "Hear what an alpha would answer.",
     "push": "Put an output on the Hugging Face hub.",
 }
 RESUMED = {  # commands that go on by themselves where they stopped, with what an interrupted user should know
+    "answer": "What was replied is kept: the same command goes on.",
     "distill": "What was finished is kept: the same command goes on.",
     "boost": "What was measured is kept: the same command goes on.",
     "push": "What was uploaded is kept: the same command goes on.",

@@ -270,13 +270,9 @@ def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> 
         return SourceRequests(source.name, "", "given", given.answers, given.answers, given.cut)
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
     ledger: Ledger[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER)
-    where = "in this process" if source.engine == "transformers" else f"in this process, by {source.engine}"
-    if source.server is not None:
-        where = ", ".join(urls_of(source.server))
-    elif source.serve is not None:
-        where = f"served by {source.serve}"
     done, cut = len(keys) - len(ledger.missing), counts_of(ledger.rows()).cut
-    return SourceRequests(source.name, source.model, where, len(keys), done, cut)
+    model = source.model if source.aggregate is None else ", ".join(each.name for each in source.aggregate.models)
+    return SourceRequests(source.name, model, source.where, len(keys), done, cut)
 
 
 def _target(

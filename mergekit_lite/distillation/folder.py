@@ -32,6 +32,10 @@ class Folder:
         """Whether any source has answered, in any round."""
         return any(found for pattern in ("", "round-*/") for found in self.root.glob(f"{pattern}samples/*.jsonl"))
 
+    def steps(self, source: str) -> Path:
+        """Return the file of the replies that the answers of an aggregate are made of."""
+        return self.root / "steps" / f"{source}.jsonl"
+
     def server_log(self, source: str) -> Path:
         """Return the file that takes what a source's server prints, where this process starts it."""
         return self.root / "samples" / f"{source}.server.log"

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mergekit_lite.answers.problems import Problem
 from mergekit_lite.answers.rows import Key, Prompt, write_rows
 from mergekit_lite.distillation.data.importing import import_rows
 from mergekit_lite.distillation.folder import Folder
@@ -15,7 +16,6 @@ from mergekit_lite.distillation.pairing.replay import replayed
 from mergekit_lite.distillation.pairing.table import Counts, PairingTable, table_of
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.checks import pairing_problems, unknown_domains
-from mergekit_lite.distillation.recipe.problems import Problem
 from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rules import Answers, Candidate, PreferencePair, win

@@ -66,13 +66,16 @@ def remarks(source: RecipeSource, rows: Iterable[Mapping[str, Any]]) -> Iterator
             said += [parts.whole] if parts.text.strip() else []  # thoughts that differ are drawn, too
         complete += len(said) > 1
         alike += len(said) > 1 and len(set(said)) == 1
-    limit = f"max_tokens ({source.sampling.max_tokens:,})"
+    limit = (
+        f"max_tokens ({source.sampling.max_tokens:,})" if source.aggregate is None else "the last model's max_tokens"
+    )
     if thoughts:
         spent_on = f"{counted(thoughts, 'answer')} of {answers:,} spent all tokens on thoughts and said nothing"
         yield f"{source.name}: {spent_on}: raise {limit}, or turn thinking off"
     if cut:
         yield f"{source.name}: {counted(cut, 'answer')} of {answers:,} cut at {limit}"
-    if source.sampling.temperature > 0 and complete >= FEW and alike >= NEARLY_ALL * complete:
+    draws = source.aggregate is None and source.sampling.temperature > 0
+    if draws and complete >= FEW and alike >= NEARLY_ALL * complete:
         yield _alike(source, alike, complete)
 
 

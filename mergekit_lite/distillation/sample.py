@@ -6,22 +6,24 @@ the settings of a source's answers, so that answers drawn with different setting
 
 from __future__ import annotations
 
-import shutil
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.answers.asking import Respondent, Task, urls_of
+from xxhash import xxh3_64_hexdigest
+
+from mergekit_lite.answers import respondents as answering
+from mergekit_lite.answers.aggregating.calls import settings_of
+from mergekit_lite.answers.aggregating.running import run
+from mergekit_lite.answers.asked_model import AskedModel, absent
+from mergekit_lite.answers.asking import Notes, Task, reasons, repeated, urls_of
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
-from mergekit_lite.answers.offline import Offline, is_installed
-from mergekit_lite.answers.requests import RequestBody
+from mergekit_lite.answers.offline import Offline
 from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, own_systems, read_rows, seed_of
-from mergekit_lite.answers.server import Served, Server, answers_of
-from mergekit_lite.answers.serving import RunningServer, serve_words, serving, split_command
+from mergekit_lite.answers.server import Served, answers_of
 from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
@@ -35,8 +37,6 @@ from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.ray_cluster import workers_of
 from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.errors import RunError, UsageError, counted, listing
-
-SHOWN = 3  # reasons of missing answers in a message
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,16 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ra
     for each in planned:
         hold_source(recipe, each.source)
     unfinished = [each for each in planned if each.ledger.missing]
+    aggregates = [each for each in unfinished if each.source.aggregate is not None]
+    unfinished = [each for each in unfinished if each.source.aggregate is None]
     behind_servers = [each for each in unfinished if each.source.server is not None]
     missing: list[str] = []
     for group in (behind_servers, *([each] for each in unfinished if each.source.server is None)):
         missing += _ask(recipe, group, reporter, ray)
+    for each in aggregates:
+        if ray is not None:
+            reporter.line(f"{each.source.name}: models that answer together are asked from this machine")
+        missing += _aggregate(recipe, each, reporter, skip_missing)
     if missing and not skip_missing:
         raise RunError(
             listing("Answers are missing; all others are kept", missing) + "\nThe same command goes on and asks for "
@@ -107,34 +113,17 @@ def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
     """Return what is still needed here and is not there, as messages: models' folders, programs that serve, vLLM."""
     folder = Folder(recipe.folder)
     needed = [
-        each
-        for each in recipe.sources
-        if each.server is None and not each.answers and not folder.samples(each.name).exists()
+        (f"the source {source.name}", model)
+        for source in recipe.sources
+        if not source.answers and not folder.samples(source.name).exists()
+        for model in (source.aggregate.models if source.aggregate is not None else [source])
     ]
-    models = {f"the source {each.name}": each.model for each in needed if each.serve is None}
+    target = []
     if and_target:
-        models["the target"] = recipe.target
-        needed += [recipe.target_source] if recipe.target_source is not None else []
-    absent = {whose: model for whose, model in models.items() if Path(model).is_absolute() and not Path(model).is_dir()}
-    return [
-        *(f"{whose}: {model} is no folder" for whose, model in absent.items()),
-        *(f"the source {each.name}: there is no {each.model}" for each in needed if each.serve and _is_absent(each)),
-        *(f"the source {each.name}: {why}" for each in needed if (why := _missing_program(each))),
-    ]
-
-
-def _is_absent(source: RecipeSource) -> bool:
-    """Whether a served model is a path to nothing; it may be a file."""
-    return Path(source.model).is_absolute() and not Path(source.model).exists()
-
-
-def _missing_program(source: RecipeSource) -> str | None:
-    if source.serve is not None:
-        program = split_command(source.serve)[0]
-        return None if shutil.which(program) else f"there is no program {program!r} here, which `serve` names"
-    if source.server is None and source.engine == "vllm" and not is_installed():
-        return "vLLM is not installed: pip install vllm, or leave `engine` out"
-    return None
+        if Path(recipe.target).is_absolute() and not Path(recipe.target).is_dir():
+            target = [f"the target: {recipe.target} is no folder"]
+        needed += [(f"the source {TARGET}", recipe.target_source)] if recipe.target_source is not None else []
+    return [*target, *(f"{whose}: {why}" for whose, model in needed if (why := absent(model)))]
 
 
 def plan(recipe: Recipe, prompts: Sequence[Prompt]) -> list[SourceTasks]:
@@ -177,55 +166,14 @@ def _seed(recipe: Recipe, source: RecipeSource) -> int:
     return recipe.seed if source.seed is None else source.seed
 
 
-@contextmanager
-def respondent(recipe: Recipe, source: RecipeSource) -> Iterator[Served | Local]:
+def respondent(recipe: Recipe, source: RecipeSource) -> AbstractContextManager[Served | Local]:
     """Give what answers for a source: a client of its server, started where that is asked for, or a model here.
 
     Raises:
         RunError: the server doesn't start.
     """
-    with ExitStack() as stack:
-        if source.is_served:
-            running = None
-            if source.serve is not None:
-                log = Folder(recipe.folder).server_log(source.name)
-                words = serve_words(source.serve, f"{source.name}: serve")
-                running = stack.enter_context(serving(words, _model(recipe, source), log, source.serve_patience))
-            yield Served(source.name, _client(source, running), source.system, source.one_request)
-        elif source.engine == "vllm":
-            yield Offline(
-                source.name,
-                _model(recipe, source),
-                source.sampling,
-                system=source.system,
-                dtype=source.dtype,
-                options=source.engine_options,
-            )
-        else:
-            yield Local(
-                source.name,
-                _model(recipe, source),
-                source.sampling,
-                system=source.system,
-                batch_size=source.batch_size,
-                device=source.device,
-                dtype=source.dtype,
-            )
-
-
-def _client(source: RecipeSource, running: RunningServer | None) -> Server:
-    """Return a client of a source's server: of the one that was started for it, where there is one."""
-    server = Server(
-        urls_of(source.server or ()) if running is None else (running.url,),
-        RequestBody(source.model if running is None else running.model, source.sampling),
-        key_variable=source.api_key_variable,
-        concurrency=source.concurrency,
-        timeout=source.timeout,
-        retries=source.retries,
-    )
-    if running is not None:
-        server.ended = running.ended
-    return server
+    log = Folder(recipe.folder).server_log(source.name)
+    return answering.respondent(source, _model(recipe, source), log, one_request=source.one_request)
 
 
 def key_of(row: dict[str, Any]) -> Key:
@@ -252,9 +200,9 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: 
             name, total = each.source.name, len(each.tasks)
             advance[name] = stack.enter_context(reporter.progress(name, total, total - len(each.ledger.missing)))
             stack.callback(each.ledger.close)
-        told: Counter[str] = Counter()  # notes, by source
-        crew = None  # vLLM has workers of its own, a server has none
-        if any(type(who) is Local for who in respondents.values()):
+        notes = Notes(respondents, reporter.warn)
+        crew = None
+        if any(_is_spread(who) for who in respondents.values()):
             crew = stack.enter_context(_crew(ray, group[0].source))
         with closing(_answers([(respondents[each.source.name], each) for each in group], crew)) as answers:
             for answer in answers:
@@ -262,8 +210,8 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: 
                 advance[answer.source](1)
                 if (remark := likeness[answer.source].remark(answer)) is not None:
                     reporter.warn(remark)
-                _tell(respondents, told, reporter)
-        _tell(respondents, told, reporter)
+                notes.tell()
+        notes.tell()
     return [line for each in group for line in _failures(recipe, each, respondents[each.source.name], reporter)]
 
 
@@ -274,17 +222,14 @@ def tell_systems(asked: SourceTasks, reporter: Reporter) -> None:
         reporter.line(f"{asked.source.name}: {said}")
 
 
-def _tell(respondents: Mapping[str, Respondent], told: Counter[str], reporter: Reporter) -> None:
-    """Report what was newly found out about servers."""
-    for name, who in respondents.items():
-        for note in who.failures.notes[told[name] :]:
-            reporter.warn(f"{name}: {note}")
-            told[name] += 1
-
-
 def _crew(ray: str | None, source: RecipeSource) -> AbstractContextManager[Cluster | None]:
     """Return the context of the workers that load a source's model: with a GPU each where it names such a device."""
     return workers_of(ray, CPU if source.device in (None, CPU) else "cuda", threads=1)
+
+
+def _is_spread(who: Served | Local) -> bool:
+    """Whether a cluster's workers can answer: vLLM has workers of its own, a server has none."""
+    return isinstance(who, Local) and not isinstance(who, Offline)
 
 
 def _answers(group: Sequence[tuple[Served | Local, SourceTasks]], crew: Cluster | None) -> Generator[Answer]:
@@ -299,24 +244,38 @@ def _answers(group: Sequence[tuple[Served | Local, SourceTasks]], crew: Cluster 
 
 def _failures(recipe: Recipe, asked: SourceTasks, who: Served | Local, reporter: Reporter) -> Iterator[str]:
     source, failures = asked.source, who.failures
-    for note in who.template.notes if isinstance(who, Local) else ():
+    for note in who.notes if isinstance(who, Local) else ():
         reporter.line(f"{source.name}: {note}")
-    if failures.retried:
-        reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
-        reporter.line(f"{source.name}: {counted(failures.retried.total(), 'request')} made again: {reasons}")
+    if (said := repeated(failures)) is not None:
+        reporter.line(f"{source.name}: {said}")
     if missing := len(asked.ledger.missing):
-        message = f"{source.name}: {missing:,} of {len(asked.tasks):,}. {failures.stopped or _reasons(failures.lost)}"
+        message = f"{source.name}: {missing:,} of {len(asked.tasks):,}. {failures.stopped or reasons(failures.lost)}"
         if source.name == TARGET and source.server is not None:
             urls = ", ".join(urls_of(source.server))
             message += f" The server {urls} has to serve {_trained(recipe)} as {source.model}."
         yield message
 
 
-def _reasons(lost: dict[Key, str]) -> str:
-    example = {why: key.prompt for key, why in lost.items()}
-    counts = Counter(lost.values()).most_common()
-    shown = [f"{why} ({count:,}×, for instance the prompt {example[why]})" for why, count in counts[:SHOWN]]
-    return "; ".join(shown) + (f"; and {len(counts) - SHOWN:,} other reasons" if len(counts) > SHOWN else "")
+def _aggregate(recipe: Recipe, asked: SourceTasks, reporter: Reporter, skip_missing: bool) -> list[str]:
+    """Have the models of an aggregate answer together. Returns a message for what is missing."""
+    source, folder = asked.source, Folder(recipe.folder)
+    assert source.aggregate is not None
+
+    def opened(model: AskedModel) -> AbstractContextManager[Served | Local]:
+        return answering.respondent(model, model.model, folder.server_log(f"{source.name}.{model.name}"))
+
+    path = folder.steps(source.name)
+    found = run(source.aggregate, asked.tasks, path, opened, reporter, name=source.name, skip_missing=skip_missing)
+    for message in found.missing if skip_missing else ():
+        reporter.warn(message)
+    try:
+        asked.ledger.append(
+            Answer(item.task.prompt.id, source.name, item.task.index, *item.drafts[0].reply).as_row()
+            for item in found.answered
+        )
+    finally:
+        asked.ledger.close()
+    return found.missing
 
 
 def hold_source(recipe: Recipe, source: RecipeSource) -> None:
@@ -332,7 +291,11 @@ def hold_source(recipe: Recipe, source: RecipeSource) -> None:
 
 
 def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
-    model = _model(recipe, source)
+    if source.aggregate is not None:
+        models = {each.name: settings_of(each, recipe.folder) for each in source.aggregate.models}
+        layers = source.aggregate.model_dump(mode="json", exclude_unset=True)["layers"]
+        return {"aggregate": {"models": models, "layers": layers}, "seed": recipe.seed}
+    model, examples = _model(recipe, source), source.examples()
     return {
         "model": as_from(recipe.folder, model) if Path(model).is_absolute() else model,
         "served": source.is_served,
@@ -340,6 +303,7 @@ def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
         "engine_options": source.engine_options or None,
         "one_request": source.one_request or None,
         "system": source.system,
+        "in_context": examples and xxh3_64_hexdigest(examples.encode()),
         "seed": _seed(recipe, source),
         **source.sampling.model_dump(mode="json"),
         **({"trained": _digest(Path(model))} if source.name == TARGET and source.server is None else {}),

@@ -42,6 +42,7 @@ class Fake:
     mood: Callable[[str, int], Trouble] = lambda text, before: None
     on_request: Callable[[str], None] = lambda text: None
     say: Callable[[str, int], str] = answer_to
+    reply: Callable[[dict[str, Any]], str] | None = None  # says it by the whole request instead
     retry_after: str | None = None
     complaint: str = ""  # in the body of an error
     more_headers: dict[str, str] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         fake = self.fake
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
+        text = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
         name = f"{text}|{body.get('seed')}" if body["model"] == "by seed" else text
         with fake.lock:
             trouble = fake.mood(text, fake.asked[name])
@@ -117,10 +118,13 @@ class _Handler(BaseHTTPRequestHandler):
             for place in range(body.get("n", 1) if fake.several else 1):
                 seed = body.get("seed", 0) + place
                 said = {"empty": "  ", "none": None}.get(str(trouble), fake.say(text, seed))
+                if fake.reply is not None:
+                    said = fake.reply(body)
                 message = {"role": "assistant", "content": said}
                 if (thoughts := fake.thoughts(text)) is not None:
                     message["reasoning_content"] = thoughts
-                choices.append({"index": place, "finish_reason": finish, "message": message})
+                what = {"text": said} if "prompt" in body else {"message": message}
+                choices.append({"index": place, "finish_reason": finish, **what})
             reply = json.dumps(
                 {
                     "id": "x",

@@ -279,7 +279,7 @@ def fake_vllm(made: list[Any]) -> ModuleType:
 def test_vllm_answers_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm(made))
-    monkeypatch.setattr("mergekit_lite.distillation.sample.is_installed", lambda: True)
+    monkeypatch.setattr("mergekit_lite.answers.asked_model.is_installed", lambda: True)
     write_model(tmp_path / "model")
     sampling = {"top_k": 4, "max_tokens": 9, "stop": ["\n"], "presence_penalty": 0.5}
     how = {"engine": "vllm", "engine_options": {"tensor_parallel_size": 2}, "dtype": "bfloat16", "sampling": sampling}

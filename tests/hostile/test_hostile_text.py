@@ -104,6 +104,8 @@ def test_no_command_shows_what_a_terminal_obeys(place: Path) -> None:
         ["distill", "run", "odd.yml", "--dry-run"],
         ["distill", "sample", f"no{TRICKS}.yml"],
         ["distill", TRICKS],
+        ["answer", f"no{TRICKS}.jsonl", "--recipe", "odd.yml", "-o", "answers.jsonl"],
+        ["answer", "r.yml", "--recipe", f"no{TRICKS}.yml", "-o", f"a{ESCAPES}.txt"],
         ["boost", "sft", odd, "--prompts", f"no{TRICKS}.jsonl", "--score", f"maths,{TRICKS}=1", "-o", "boosted"],
         ["boost", "sft", odd, "--prompts", f"no{TRICKS}.jsonl", "--score", "maths", "-o", "boosted", "--dry-run"],
         ["preview", "sft", odd, "--alpha", "0.3", "--prompt", TRICKS],

@@ -5,17 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 
+from mergekit_lite.answers.aggregating.recipe import wrong_aggregate
+from mergekit_lite.answers.asked_model import wrong_model
+from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, one_origin, wrong_sampling
 from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
-from mergekit_lite.answers.serving import wrong_command
 from mergekit_lite.distillation.recipe.fusing import fusing_problems
-from mergekit_lite.distillation.recipe.problems import (
-    KeyPath,
-    Problem,
-    clashing_names,
-    one_origin,
-    wrong_sampling,
-    wrong_urls,
-)
 from mergekit_lite.distillation.recipe.rounds import rounds_problems
 from mergekit_lite.distillation.recipe.schema import (
     TARGET,
@@ -31,14 +25,7 @@ from mergekit_lite.errors import UsageError, listing, nearest
 
 GIVEN = "given"  # the kind of scorer whose scores the data have
 DRAWN = ("answers", "draw")  # parameters of rules that the stage gives, not the recipe
-
-SERVERS_ONLY = {"presence_penalty", "frequency_penalty", "chat_template_kwargs", "extra_body"}  # keys of sampling
-VLLM_TOO = {"presence_penalty", "frequency_penalty"}
-NO_ENGINE_OPTIONS = {
-    "model": "it is the source's 'model'",
-    "dtype": "it is the source's 'dtype'",
-    "trust_remote_code": "code of a model is never run in this process. Serve it, and give the source a 'server'",
-}
+OF_AGGREGATE = {"name", "aggregate", "samples", "samples_for", "domains", "thoughts"}  # keys of such a source
 
 
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
@@ -154,48 +141,20 @@ def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
         for number, given in enumerate(source.answers):
             yield from one_origin((*at, "answers", number), given)
         return
-    if not source.model:
-        yield Problem(at, f"{_of(at)} has no 'model', and no 'answers'")
-    ineffective, why = _without_effect(source)
-    for key in ineffective:
-        if key in source.model_fields_set:
-            yield Problem((*at, key), f"{key!r} has no effect here: {why}")
-    yield from _server(at, source)
-    yield from wrong_sampling((*at, "sampling"), source.sampling)
-    if not source.is_served:
-        for key in SERVERS_ONLY - (VLLM_TOO if source.engine == "vllm" else set()):
-            if getattr(source.sampling, key) is not None:
-                yield Problem((*at, "sampling", key), f"{key!r} has no effect here: it is for a 'server'")
-    for key in source.engine_options:
-        if key in NO_ENGINE_OPTIONS:
-            yield Problem((*at, "engine_options", key), f"{key!r} is not for a recipe: {NO_ENGINE_OPTIONS[key]}")
+    if source.aggregate is not None:
+        for key in sorted(source.model_fields_set - OF_AGGREGATE):
+            yield Problem((*at, key), f"{key!r} has no effect here: say it of a model of the 'aggregate'")
+        yield from wrong_aggregate((*at, "aggregate"), source.aggregate)
+    else:
+        if not source.model:
+            yield Problem(at, f"{_of(at)} has no 'model', no 'aggregate' and no 'answers'")
+        yield from wrong_model(at, source)
     if source.domains is not None:
         for domain in source.samples_for:
             if domain not in source.domains:
                 hint = nearest(domain, source.domains)
                 text = f"samples for {domain!r}, which is not among the source's 'domains'.{hint}"
                 yield Problem((*at, "samples_for", domain), text)
-
-
-def _without_effect(source: RecipeSource) -> tuple[list[str], str]:
-    """Return the keys that a source of this kind has no use for, and why."""
-    in_process = ["batch_size", "device", "dtype", "engine", "engine_options"]
-    if source.server is not None:
-        return [*in_process, "serve_patience"], "a server decides that itself"
-    if source.serve is not None:
-        return [*in_process, "api_key_variable"], "the server that 'serve' starts decides that itself"
-    served = ["concurrency", "timeout", "retries", "api_key_variable", "one_request", "serve_patience"]
-    if source.engine == "vllm":
-        return [*served, "batch_size", "device"], "vLLM decides that itself"
-    return [*served, "engine_options"], "it is for a 'server', or for the engine vllm"
-
-
-def _server(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
-    if source.serve is not None and (wrong := wrong_command(source.serve)):
-        yield Problem((*at, "serve"), wrong)
-    if source.server is not None and source.serve is not None:
-        yield Problem((*at, "serve"), "a 'server' runs already, 'serve' starts one: give one of them")
-    yield from wrong_urls((*at, "server"), source.server)
 
 
 def _of(at: KeyPath) -> str:
@@ -228,6 +187,9 @@ def _target_source(recipe: Recipe) -> Iterator[Problem]:
     if own.server is None and own.model != TARGET:
         text = "the model of 'target_source' is the one that SFT makes, or else 'target': leave it out"
         yield Problem(("target_source", "model"), text)
+    for key in ("aggregate", "in_context"):
+        if getattr(own, key) is not None:
+            yield Problem(("target_source", key), f"{key!r} is for sources: the target answers as it was trained")
     if own.server is not None and own.model == TARGET:
         yield Problem(("target_source",), "a 'server' needs the 'model', as it is called there")
     yield from (problem for problem in _source(("target_source",), own) if problem.at[-1] != "name")

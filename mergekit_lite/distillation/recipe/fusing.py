@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mergekit_lite.distillation.recipe.problems import (
+from mergekit_lite.answers.problems import (
     KeyPath,
     Problem,
     clashing_names,

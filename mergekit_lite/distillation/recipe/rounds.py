@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mergekit_lite.distillation.recipe.problems import Problem
+from mergekit_lite.answers.problems import Problem
 from mergekit_lite.distillation.recipe.schema import Recipe, Rounds
 from mergekit_lite.errors import counted
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from mergekit_lite.answers.aggregating.recipe import Aggregate
+from mergekit_lite.answers.asked_model import AskedModel, Count, Name
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
@@ -19,8 +21,6 @@ TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "as_is"]
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
-Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 ReportedModel = (
     Literal["untrained", "sft", "fuse", "on_policy", "preference"] | Annotated[str, Field(pattern=r"^round-[1-9]\d*$")]
 )
@@ -47,37 +47,22 @@ class GivenRows(Strict):
     preference: tuple[Data, ...] = ()
 
 
-class RecipeSource(Strict):
-    """A model that answers prompts, behind a server or loaded into this process; or answers that are there."""
+class RecipeSource(AskedModel):
+    """A model that answers prompts; several that answer together; or answers that are there."""
 
-    name: Name
-    model: str = ""  # a folder or org/name; for a server, the name it is served under
     answers: tuple[GivenAnswers, ...] = ()  # instead of a model
-    server: str | tuple[str, ...] | None = None  # http://host:port/v1 of an OpenAI-compatible server; one or several
-    serve: str | None = None  # a command that starts such a server here: vllm serve {model} --port {port}
-    serve_patience: Annotated[float, Field(gt=0)] = 600  # seconds until it is ready
-    api_key_variable: str = "OPENAI_API_KEY"  # the environment variable with the server's key
-    concurrency: Count = 32  # requests open at once, to each URL
-    timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
-    retries: Annotated[int, Field(ge=0)] = 8  # of a failed request
+    aggregate: Aggregate | None = None  # instead of a model: several, and the layers of steps that they take
     one_request: bool = False  # for all answers to a prompt, as far as the server gives several (`n`)
-    engine: Literal["transformers", "vllm"] = "transformers"  # in process
-    engine_options: dict[str, Any] = {}  # more arguments of vllm.LLM: tensor_parallel_size, max_model_len …
-    batch_size: Count = 16  # in process
-    device: str | None = None  # cpu, cuda, cuda:1 …; by default a GPU if the machine has one
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # in process; the model's own by default
     samples: Count = 5  # answers to each prompt
-    samples_for: dict[str, Count] = {}  # overrides by domain
+    samples_for: dict[str, Count] = Field(default={})  # overrides by domain
     domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
-    sampling: Sampling = Sampling()
     seed: int | None = None  # of its answers; the recipe's by default
-    system: str | None = None  # a system prompt put before messages that have none of their own
     thoughts: Thoughts = "keep"  # of its answers, for training; only: leave out answers without
 
     @property
-    def is_served(self) -> bool:
-        """Whether a server answers for it."""
-        return self.server is not None or self.serve is not None
+    def where(self) -> str:
+        """Where it is asked, in words."""
+        return "by several models" if self.aggregate is not None else super().where
 
     def answers_to(self, domain: str) -> int:
         """Return how many answers the source gives to a prompt of a domain, at least."""

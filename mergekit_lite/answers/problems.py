@@ -1,4 +1,4 @@
-"""A contradiction in a recipe with the key it is reported at, and what several sections are checked for alike."""
+"""A contradiction in a YAML recipe with the key it is reported at, and what several sections are checked for alike."""
 
 from __future__ import annotations
 
