@@ -172,6 +172,8 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
     elif pairing.split == "share":
         sft = floor_share(pairing.sft_share, count)
         preference = count - sft
+    if pairing.sft_rows.top is not None:
+        sft = min(sft, pairing.sft_rows.top)
     return DomainRows(domain, count, pairing.rule, sft, preference)
 
 

@@ -25,6 +25,7 @@ from mergekit_lite.distillation.recipe.schema import (
     RecipeSource,
     Train,
 )
+from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
@@ -230,11 +231,8 @@ def _target_source(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _pairing(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
-    scorers = [scorer.name for scorer in recipe.scorers]
-    for key, name in (("score", pairing.score), ("correct", pairing.correct)):
-        if name is not None and name not in scorers:
-            known = f" Known: {', '.join(scorers)}." if scorers else " The recipe has no scorers."
-            yield Problem((*at, key), f"no scorer is named {name!r}.{nearest(name, scorers)}{known}")
+    yield from pairing_scorers(pairing, [scorer.name for scorer in recipe.scorers], at)
+    yield from selections(recipe, pairing, at)
     if pairing.rule != "as_is":
         if pairing.score is None:
             yield Problem(at, f"{pairing.rule} ranks answers: name the scorer as `score`")

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.distillation.recipe.checks import contradictions
+from mergekit_lite.distillation.recipe.choosing import UNNAMED
 from mergekit_lite.distillation.recipe.problems import KeyPath
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, RecipeSource
 from mergekit_lite.errors import nearest
@@ -115,7 +116,7 @@ def _described(root: Node, error: ValidationError) -> Iterator[Remark]:
 
 def _remark(root: Node, details: ErrorDetails) -> tuple[Mark, str, str]:
     """Return where one of pydantic's errors is, its subject with what was got, and what was expected or a hint."""
-    path = details["loc"]
+    path = tuple(step for step in details["loc"] if step not in UNNAMED)
     place = _place(root, path)
     name = str(place.key.text) if place.key else "an entry" if place.node is not root else "the recipe"
     if details["type"] == "extra_forbidden":
@@ -157,7 +158,8 @@ def _bare(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
-        return _bare(next(part for part in get_args(annotation) if part is not type(None)))
+        parts = [_bare(part) for part in get_args(annotation) if part is not type(None)]
+        return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), parts[0])
     return annotation
 
 
