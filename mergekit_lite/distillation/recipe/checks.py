@@ -25,7 +25,7 @@ from mergekit_lite.distillation.recipe.schema import (
     RecipeSource,
     Train,
 )
-from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections
+from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections, wrong_nearest
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
@@ -52,6 +52,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             yield from _source(("sources", number), source)
         for number, prompts in enumerate(recipe.prompts):
             yield from one_origin(("prompts", number), prompts)
+            yield from wrong_nearest(("prompts", number, "nearest"), prompts.nearest)
         yield from pairing_problems(recipe)
     if not recipe.train.stages:
         yield Problem(("train",), f"'train' has none of {', '.join(Train.model_fields)}: at least one is needed")

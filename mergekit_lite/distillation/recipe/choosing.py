@@ -1,4 +1,4 @@
-"""The keys that choose: scorers that rank together, RIP, and which SFT rows are kept."""
+"""The keys that choose: prompts near others, scorers that rank together, RIP, and which SFT rows are kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from mergekit_lite.answers.prompts import Prompts
+
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -15,6 +17,26 @@ class Choosing(BaseModel):
     """Keys that choose: unknown ones are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Nearest(Choosing):
+    """Keeps the prompts that are among the ``k`` nearest of any target prompt, by embeddings."""
+
+    to: tuple[Prompts, ...]  # the target prompts
+    k: Count
+    model: str | None = None  # embeds prompts by the mean of its last hidden states: a folder or org/name
+    column: str | None = None  # or the column with the embedding, a list of numbers, in both data
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+    max_length: Count = 512  # tokens of a prompt that the model reads
+    batch_size: Count = 16
+    device: str | None = None  # by default a GPU if the machine has one
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class ChosenPrompts(Prompts):
+    """A source of prompts, of which some may be chosen."""
+
+    nearest: Nearest | None = None
 
 
 class Combined(Choosing):

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.distillation.recipe.checks import contradictions
-from mergekit_lite.distillation.recipe.choosing import UNNAMED
+from mergekit_lite.distillation.recipe.choosing import UNNAMED, ChosenPrompts
 from mergekit_lite.distillation.recipe.problems import KeyPath
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, RecipeSource
 from mergekit_lite.errors import nearest
@@ -172,7 +172,7 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "folder": folder / recipe.folder.expanduser(),
             "target": _model(recipe.target, folder),
-            "prompts": _data(recipe.prompts, folder),
+            "prompts": tuple(_prompts(each, folder) for each in _data(recipe.prompts, folder)),
             "rows": rows,
             "sources": tuple(_source(source, folder) for source in recipe.sources),
             "scorers": tuple(_scorer(scorer, folder) for scorer in recipe.scorers),
@@ -187,6 +187,16 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
 def _data(data: tuple[D, ...], folder: Path) -> tuple[D, ...]:
     located = ({"path": folder / each.path.expanduser()} if each.path else {} for each in data)
     return tuple(each.model_copy(update=update) for each, update in zip(data, located, strict=True))
+
+
+def _prompts(prompts: ChosenPrompts, folder: Path) -> ChosenPrompts:
+    nearest = prompts.nearest
+    if nearest is None:
+        return prompts
+    model = nearest.model and _model(nearest.model, folder)
+    return prompts.model_copy(
+        update={"nearest": nearest.model_copy(update={"to": _data(nearest.to, folder), "model": model})}
+    )
 
 
 def _source(source: RecipeSource, folder: Path) -> RecipeSource:

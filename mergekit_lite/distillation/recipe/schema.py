@@ -13,7 +13,7 @@ from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from mergekit_lite.answers.thoughts import Thoughts
-from mergekit_lite.distillation.recipe.choosing import Combined, Rip, Score, SftRows
+from mergekit_lite.distillation.recipe.choosing import ChosenPrompts, Combined, Rip, Score, SftRows
 
 TARGET = "target"  # names the source that is the target itself, after its SFT
 TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own answers
@@ -324,7 +324,7 @@ class Recipe(Strict):
     seed: int = 0
     target: str  # the model to train
     rows: GivenRows | None = None  # to train on; then there are no prompts, sources, scorers and pairs
-    prompts: tuple[Prompts, ...] = ()  # those of the given answers by default
+    prompts: tuple[ChosenPrompts, ...] = ()  # those of the given answers by default
     sources: tuple[RecipeSource, ...] = ()
     target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
     scorers: tuple[RecipeScorer, ...] = ()

@@ -1,12 +1,28 @@
-"""What is wrong with how a recipe's ``pairs`` rank answers, and select prompts and SFT rows."""
+"""What is wrong with how a recipe selects prompts and SFT rows, and with the scorers that rank answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mergekit_lite.distillation.recipe.choosing import Combined
-from mergekit_lite.distillation.recipe.problems import KeyPath, Problem, not_named
+from mergekit_lite.distillation.recipe.choosing import Combined, Nearest
+from mergekit_lite.distillation.recipe.problems import KeyPath, Problem, not_named, one_origin
 from mergekit_lite.distillation.recipe.schema import Pairing, PairingRules, Recipe
+
+
+def wrong_nearest(at: KeyPath, nearest: Nearest | None) -> Iterator[Problem]:
+    """Yield what is wrong with ``nearest`` of a source of prompts."""
+    if nearest is None:
+        return
+    if not nearest.to:
+        yield Problem((*at, "to"), "'to' is an empty list: name the target prompts")
+    for number, targets in enumerate(nearest.to):
+        yield from one_origin((*at, "to", number), targets)
+    if (nearest.model is None) == (nearest.column is None):
+        yield Problem(at, "embeddings are given by exactly one of 'model' and 'column'")
+    elif nearest.column is not None:
+        for key in ("max_length", "batch_size", "device", "dtype"):
+            if key in nearest.model_fields_set:
+                yield Problem((*at, key), f"{key!r} has no effect here: it is for a 'model'")
 
 
 def pairing_scorers(pairing: Pairing, scorers: Sequence[str], at: KeyPath) -> Iterator[Problem]:
