@@ -103,7 +103,10 @@ def unknown_domains(recipe: Recipe, domains: Iterable[str]) -> None:
 def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
     """Yield the sections that are missing. On-policy training alone needs prompts, and nobody's answers to them."""
     needed = ("prompts", "sources", "scorers", "pairs") if recipe.train.reads_rows else ("prompts",)
+    scored = any(recipe.pairs.of(domain).scorers for domain in ("", *recipe.pairs.domains))
     for key in needed:
+        if key == "scorers" and "pairs" in recipe.model_fields_set and not scored:
+            continue  # rows are as the data have them
         given = key == "prompts" and any(source.answers for source in recipe.sources)
         if key not in recipe.model_fields_set and not given:
             yield Problem((), f"the recipe has no {key!r}")
