@@ -29,9 +29,9 @@ from mergekit_lite.errors import UnreadableError, UsageError, counted, listing
 from mergekit_lite.input_files import opened
 
 TEXTS = 256  # of a file of embeddings
-BLOCK = 4096  # prompts of the pool whose distances are computed at once
-TARGETS = 1024  # target prompts whose distances are
-DIGITS = 9  # of a squared distance, in units of the largest squared length: products of matrices are not exact
+BLOCK = 4096  # prompts of the pool that a product of matrices takes at once
+CELLS = 1 << 25  # distances that are in memory at once
+SLACK = 1e-10  # bound of the error of such products, relative to the squared lengths: d · ε of d dimensions, and more
 SHOWN = 5
 MODEL_FILES = (*WEIGHTS, "config.json", "tokenizer*", "vocab*", "spiece.model")
 
@@ -97,14 +97,15 @@ def _places(
             raise UsageError(f"Embeddings of {where} and of its target prompts have different lengths: {lengths}.")
     else:
         embeddings = _Embeddings(nearest, folder)
-        if plan and (embeddings.lacks(pool) or embeddings.lacks(targets)):
+        named = ((pool, where), (targets, "target prompts"))
+        vectors = [each for some, what in named if (each := embeddings.of(some, what, reporter, plan)) is not None]
+        if len(vectors) < len(named):
             most = min(len(pool), nearest.k * len(targets))
             reporter.line(
                 f"{where}: at most {most:,} of {of_pool} will be kept, the {nearest.k:,} nearest of {of_targets}; "
                 "the first ones stand for them here, as the stage `sample` embeds them"
             )
             return range(most)
-        vectors = [embeddings.of(pool, where, reporter), embeddings.of(targets, "target prompts", reporter)]
         if cut := embeddings.embedder.cut:
             reporter.line(f"{where}: {counted(cut, 'text')} cut to {nearest.max_length:,} tokens for the embedding")
     kept = places_of_nearest(vectors[0], vectors[1], nearest.k, nearest.distance)
@@ -122,25 +123,24 @@ def places_of_nearest(pool: np.ndarray, targets: np.ndarray, k: int, distance: s
         distance: ``euclidean``, or ``cosine``, which is the Euclidean one of embeddings of length 1.
     """
     kept: set[int] = set()
-    scale = 1.0 if distance == "cosine" else max(_longest(pool), _longest(targets), 1e-300)
-    for start in range(0, len(targets), TARGETS):
-        some = _scaled(targets[start : start + TARGETS], distance)
-        found, places = np.empty((len(some), 0)), np.empty((len(some), 0), np.int64)
+    at_once = max(1, CELLS // len(pool))
+    for start in range(0, len(targets), at_once):
+        some = _scaled(targets[start : start + at_once], distance)
+        away, slack = np.empty((len(some), len(pool))), np.empty(len(pool))
         for first in range(0, len(pool), BLOCK):
             block = _scaled(pool[first : first + BLOCK], distance)
+            squares = (block**2).sum(1)
             # |x − t|² without |t|², which is the same for all of a target's neighbours.
-            away = np.round(((block**2).sum(1) - 2 * some @ block.T) / scale, DIGITS)
-            numbers = np.broadcast_to(np.arange(first, first + len(block)), away.shape)
-            found, places = np.hstack([found, away]), np.hstack([places, numbers])
-            order = np.argsort(found, axis=1, kind="stable")[:, :k]  # the earlier ones of the pool come first
-            found, places = np.take_along_axis(found, order, 1), np.take_along_axis(places, order, 1)
-        kept.update(places.ravel().tolist())
+            away[:, first : first + BLOCK] = squares - 2 * some @ block.T
+            slack[first : first + BLOCK] = SLACK * squares
+        for target, near in zip(some, away, strict=True):
+            error = slack + SLACK * float(target @ target)
+            bound = np.partition(near + error, k - 1)[k - 1] if k < len(pool) else np.inf
+            candidates = np.flatnonzero(near - error <= bound)
+            # By differences equal embeddings are equally far, and the earlier one comes first.
+            exact = ((_scaled(pool[candidates], distance) - target) ** 2).sum(1)
+            kept.update(candidates[np.argsort(exact, kind="stable")[:k]].tolist())
     return sorted(kept)
-
-
-def _longest(vectors: np.ndarray) -> float:
-    """Return the largest squared length."""
-    return float(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64).max())
 
 
 def _scaled(vectors: np.ndarray, distance: str) -> np.ndarray:
@@ -194,18 +194,17 @@ class _Embeddings:
         self.embedder = Embedder(nearest.model, nearest.max_length, nearest.batch_size, nearest.device, nearest.dtype)
         self._said = [identity(nearest.model, MODEL_FILES), nearest.max_length, nearest.dtype]
 
-    def lacks(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether some of the prompts have no embedding yet."""
-        return any(not path.exists() for _, path in self._files(prompts))
-
-    def of(self, prompts: Sequence[Prompt], what: str, reporter: Reporter) -> np.ndarray:
+    def of(self, prompts: Sequence[Prompt], what: str, reporter: Reporter, plan: bool) -> np.ndarray | None:
         """Return an embedding a row (prompts × dimensions, float32). Those that are not there yet are made.
 
-        Raises as ``Embedder.embed``; and RunError where they can't be written.
+        With ``plan`` none is made: it returns None where one is missing. Raises as ``Embedder.embed``; and RunError
+        where they can't be written.
         """
         files = list(self._files(prompts))
         vectors = {path: stored for texts, path in files if (stored := _stored(path, len(texts))) is not None}
         absent = [(texts, path) for texts, path in files if path not in vectors]
+        if absent and plan:
+            return None
         if absent:
             number = sum(len(texts) for texts, _ in absent)
             with reporter.progress(f"embedding {what}", len(prompts), len(prompts) - number) as advance:

@@ -137,6 +137,19 @@ def test_what_is_wrong_is_told_with_its_place(old: str, new: str, told: str) -> 
     assert any(told in problem for problem in found), found
 
 
+def test_what_a_domain_inherits_has_an_effect_there() -> None:
+    """``rip`` and ``sft_rows`` that are idle but in one domain."""
+    pairs = "pairs: {rule: fusechat3, score: rm}"
+    for idle, domain in (
+        ("sft_share: 1, rip: {gap: 1}", "{sft_share: 0.5}"),
+        ("sft_share: 0, sft_rows: {top: 1}", "{split: availability}"),
+        ("sft_share: 0, sft_rows: {top: 1}", "{rule: as_is}"),
+    ):
+        made = SOUND.replace(pairs, f"pairs: {{rule: fusechat3, score: rm, {idle}, domains: {{x: {domain}}}}}")
+        assert parse(made, "r.yaml", Path("/")).pairs.domains.keys() == {"x"}
+        assert "has no effect here" in " ".join(problems(made.replace(domain, "{gap: [0, 1]}")))
+
+
 def test_all_problems_are_told_at_once() -> None:
     content = SOUND.replace("name: a", "nam: a").replace("kind: reward", "kind: x").replace("1e-5", "fast")
     assert [problem.split(": ")[0] for problem in problems(content)] == ["6:5", "6:5", "9:22", "12:24"]

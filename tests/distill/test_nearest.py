@@ -26,39 +26,57 @@ from tests.distill.test_pair import Heard
 
 def brute(pool: np.ndarray, targets: np.ndarray, k: int, distance: str) -> list[int]:
     """One distance after the other, then a stable sort."""
+    if distance == "cosine":
+        pool, targets = ([v / (np.linalg.norm(v) or 1) for v in some] for some in (pool, targets))  # type: ignore[assignment]
     kept = set()
     for target in targets:
-        away = []
-        for vector in pool:
-            if distance == "cosine":
-                lengths = float(np.linalg.norm(vector) * np.linalg.norm(target))
-                away.append(round(1 - float(vector @ target) / lengths if lengths else 0.5, 9))
-            else:
-                away.append(float(((vector - target) ** 2).sum()))
-        kept.update(np.argsort(away, kind="stable")[:k].tolist())
+        away = [sum((float(x) - float(t)) ** 2 for x, t in zip(vector, target, strict=True)) for vector in pool]
+        kept.update(sorted(range(len(away)), key=away.__getitem__)[:k])
     return sorted(kept)
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-@pytest.mark.parametrize(("block", "targets"), [(4096, 1024), (7, 3)])
-def test_against_brute_force(monkeypatch: pytest.MonkeyPatch, distance: str, block: int, targets: int) -> None:
-    """Small whole numbers, so that many are equally near, in blocks or at once."""
-    monkeypatch.setattr(nearest, "BLOCK", block)
-    monkeypatch.setattr(nearest, "TARGETS", targets)
+@pytest.fixture
+def draws() -> np.random.Generator:
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    draws = np.random.default_rng(seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize(("block", "cells"), [(4096, 1 << 25), (7, 200), (60, 1)])
+def test_against_brute_force(
+    monkeypatch: pytest.MonkeyPatch, draws: np.random.Generator, distance: str, block: int, cells: int
+) -> None:
+    """Small whole numbers, so that many are equally near, in blocks or at once."""
+    monkeypatch.setattr(nearest, "BLOCK", block)
+    monkeypatch.setattr(nearest, "CELLS", cells)
     pool = draws.integers(-2, 3, (60, 3)).astype(float)
     wanted = draws.integers(-2, 3, (8, 3)).astype(float) + 0.25
-    for k in (1, 4, 60, 99):
+    for k in (1, 4, 59, 60, 99):
         assert places_of_nearest(pool, wanted, k, distance) == brute(pool, wanted, k, distance), k
 
 
-def test_large_embeddings_that_hardly_differ() -> None:
-    """Far from the origin, in float32: still by their distance, and equal ones by their place."""
-    pool = np.full((5, 4), 1000, np.float32)
-    pool[:, 0] += np.array([3, 1, 2, 1, 0.5], np.float32)
+def test_cosine(draws: np.random.Generator) -> None:
+    """By the angle alone: by definition, whatever the lengths."""
+    pool, wanted = draws.normal(size=(50, 5)), draws.normal(size=(4, 5))
+    angles = 1 - (wanted @ pool.T) / np.linalg.norm(wanted, axis=1)[:, None] / np.linalg.norm(pool, axis=1)
+    expected = sorted({int(place) for row in angles for place in np.argsort(row)[:3]})
+    longer = draws.uniform(0.01, 100, (50, 1))
+    assert places_of_nearest((pool * longer).astype(np.float32), wanted, 3, "cosine") == expected
+
+
+def test_embeddings_of_unlike_lengths(draws: np.random.Generator) -> None:
+    """Far from the origin, or beside one that is far away: by their distance, and equal ones by their place."""
+    pool = np.full((6, 4), 1000, np.float32)
+    pool[:, 0] += np.array([3, 1, 2, 1, 0.5, 1], np.float32)
     assert places_of_nearest(pool, np.full((1, 4), 1000, np.float32), 2, "euclidean") == [1, 4]
+    pool = draws.normal(size=(400, 64))
+    pool[draws.permutation(400)[:200]] = pool[0]  # equal ones, whose products may differ in their last bits
+    wanted = draws.normal(size=(5, 64))
+    expected = brute(pool, wanted, 7, "euclidean")
+    assert places_of_nearest(pool, wanted, 7, "euclidean") == expected
+    pool[399] *= 1e8
+    assert places_of_nearest(pool, wanted, 7, "euclidean") == brute(pool, wanted, 7, "euclidean")
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def _figure(rows: SftRows, example: SftExample, answers: Answers) -> float | Non
     if rows.by == "length":
         return example.answer.length
     if rows.by == "score":
-        return example.answer.score
+        return round(example.answer.score, DIGITS)
     scores = [answer.score for answer in answers.sources if answer.source == rows.student]
     return round(example.answer.score - fmean(scores), DIGITS) if scores else None
 

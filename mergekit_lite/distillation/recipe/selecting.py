@@ -51,25 +51,35 @@ def _combined(score: Combined, at: KeyPath) -> Iterator[Problem]:
 
 
 def selections(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
-    """Yield what is wrong with ``rip`` and ``sft_rows`` of a pairing, and what they say here without an effect."""
-    own: PairingRules = recipe.pairs if at == ("pairs",) else recipe.pairs.domains[str(at[-1])]
-    only_sft = pairing.split == "share" and pairing.sft_share == 1
-    if "rip" in own.model_fields_set and pairing.rip.thresholds:
-        if pairing.rule == "as_is":
-            yield Problem((*at, "rip"), "'rip' has no effect here: as_is compares no answers")
-        elif only_sft and pairing.rip.of == "pairs":
-            text = "'rip' has no effect here: with sft_share 1 there are no pairs. Select prompts by `of: prompts`"
-            yield Problem((*at, "rip"), text)
+    """Yield what is wrong with ``rip`` and ``sft_rows`` of a pairing, and what they say without an effect anywhere."""
+    base = at == ("pairs",)
+    own: PairingRules = recipe.pairs if base else recipe.pairs.domains[str(at[-1])]
+    heirs = [recipe.pairs.of(domain) for domain in ("", *recipe.pairs.domains)] if base else [pairing]
+    if "rip" in own.model_fields_set and own.rip.thresholds and all(idle := [_idle_rip(heir) for heir in heirs]):
+        yield Problem((*at, "rip"), f"'rip' has no effect here: {idle[0]}")
     if "sft_rows" in own.model_fields_set:
+        if own.sft_rows.selects and not any(map(_has_sft, heirs)):
+            yield Problem((*at, "sft_rows"), "'sft_rows' has no effect here: with sft_share 0 there are none")
         yield from _sft_rows(recipe, pairing, (*at, "sft_rows"))
+
+
+def _idle_rip(pairing: Pairing) -> str:
+    """Return why RIP selects nothing, or an empty text."""
+    if pairing.rule == "as_is":
+        return "as_is compares no answers"
+    if pairing.rip.of == "pairs" and pairing.split == "share" and pairing.sft_share == 1:
+        return "with sft_share 1 there are no pairs. Select prompts by `of: prompts`"
+    return ""
+
+
+def _has_sft(pairing: Pairing) -> bool:
+    return pairing.rule == "as_is" or pairing.split == "availability" or pairing.sft_share > 0
 
 
 def _sft_rows(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
     rows, sources = pairing.sft_rows, [source.name for source in recipe.sources]
     if rows.model_fields_set and not rows.selects:
         yield Problem(at, "it selects nothing: give `least`, `top`, or `rising: true`")
-    if rows.selects and pairing.rule != "as_is" and pairing.split == "share" and pairing.sft_share == 0:
-        yield Problem(at, "'sft_rows' has no effect here: with sft_share 0 there are none")
     if rows.needs_score and pairing.score is None and pairing.rule == "as_is":
         yield Problem(at, f"rows are selected by {rows.by}: name the scorer as `score` of the pairs")
     if (rows.by == "difficulty") != (rows.student is not None):
