@@ -107,6 +107,7 @@ WRONG: list[tuple[str, str, str]] = [  # what is replaced in the sound one, by w
     ("score: rm", "score: rm, sft_rows: {by: difficulty, top: 1}", "10:47: `by: difficulty` and `student:"),
     ("score: rm", "score: rm, sft_rows: {by: difficulty, top: 1, student: b}", "10:81: no source is named 'b'"),
     ("score: rm", "score: rm, sft_rows: {by: difficulty, top: 1, student: a}", "10:81: the student is the only source"),
+    ("score: rm", "score: rm, sft_rows: {rising: true}", "10:56: no training reads rows in their order: give"),
     (
         "score: rm",
         "score: rm, sft_rows: {rising: true}, domains: {x: {sft_rows: {top: 2}}}",

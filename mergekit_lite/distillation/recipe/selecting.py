@@ -93,3 +93,7 @@ def _sft_rows(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem
     if (base.rising or rows.rising) and (base.rising, base.by) != (rows.rising, rows.by):
         text = "`rising` orders the rows of all domains together: say it in `pairs.sft_rows`, with one `by` for all"
         yield Problem(at, text)
+    readers = [each for name, each in recipe.train.stages.items() if name in ("sft", "fuse")]
+    if rows.rising and readers and not any(reader.in_order for reader in readers):
+        text = "no training reads rows in their order: give `train.sft` or `train.fuse` `in_order: true`"
+        yield Problem((*at, "rising"), text)
