@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_lite.answers.loading import Dtype, context_of, model_of, placed, tokenizer_of
+from mergekit_lite.answers.loading import Dtype, context_of, free_memory, model_of, placed, tokenizer_of
 from mergekit_lite.errors import CheckpointError, RunError, listing, shortened
 
 if TYPE_CHECKING:
@@ -51,12 +51,17 @@ class Embedder:
             raise RunError(f"{self.path}: the embedding of {shortened(wrong, 60)!r} is not finite. Try dtype float32.")
         return vectors
 
+    def close(self) -> None:
+        """Return the memory of the model, if it was loaded."""
+        if self.__dict__.pop("model", None) is not None:
+            free_memory()
+
     def _tokens(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer(text)["input_ids"]
         if not tokens:
             raise RunError(f"{self.path}: its tokenizer makes no token of {shortened(text, 60)!r}")
-        self.cut += len(tokens) > self._most
-        return tokens[: self._most]
+        self.cut += len(tokens) > self.most
+        return tokens[: self.most]
 
     def _batch(self, rows: Sequence[Sequence[int]], places: Sequence[int]) -> list[tuple[int, np.ndarray]]:
         import torch
@@ -103,5 +108,6 @@ class Embedder:
         return model.get_encoder() if model.config.is_encoder_decoder else model
 
     @cached_property
-    def _most(self) -> int:
+    def most(self) -> int:
+        """The tokens that are read of a text at most."""
         return min(self.max_length, self.tokenizer.model_max_length, context_of(self.model) or self.max_length)

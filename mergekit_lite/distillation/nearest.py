@@ -8,7 +8,6 @@ in ``embeddings/``, block by block, under a digest of model and texts: what is t
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ BLOCK = 4096  # prompts of the pool that a product of matrices takes at once
 CELLS = 1 << 25  # distances that are in memory at once
 SLACK = 1e-10  # bound of the error of such products, relative to the squared lengths: d · ε of d dimensions, and more
 SHOWN = 5
+MOST = 1e100  # of an embedding's numbers, whose squares are added; NaN is no less
 MODEL_FILES = (*WEIGHTS, "config.json", "tokenizer*", "vocab*", "spiece.model")
 
 
@@ -99,6 +99,7 @@ def _places(
         embeddings = _Embeddings(nearest, folder)
         named = ((pool, where), (targets, "target prompts"))
         vectors = [each for some, what in named if (each := embeddings.of(some, what, reporter, plan)) is not None]
+        embeddings.embedder.close()
         if len(vectors) < len(named):
             most = min(len(pool), nearest.k * len(targets))
             reporter.line(
@@ -107,7 +108,8 @@ def _places(
             )
             return range(most)
         if cut := embeddings.embedder.cut:
-            reporter.line(f"{where}: {counted(cut, 'text')} cut to {nearest.max_length:,} tokens for the embedding")
+            limit = embeddings.embedder.most
+            reporter.line(f"{where}: {counted(cut, 'text')} cut to {limit:,} tokens for the embedding")
     kept = places_of_nearest(vectors[0], vectors[1], nearest.k, nearest.distance)
     reporter.line(f"{where}: {len(kept):,} of {of_pool} kept: the {nearest.k:,} nearest of {of_targets}, each once")
     return kept
@@ -174,7 +176,7 @@ def _is_vector(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
 
 
 def _without(prompt: Prompt, entry: ChosenPrompts, column: str | None) -> Prompt:

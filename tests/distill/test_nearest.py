@@ -215,14 +215,14 @@ def test_beside_other_prompts(tmp_path: Path) -> None:
 def test_embeddings_that_can_not_be_used(tmp_path: Path) -> None:
     write_data(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
-    for place, wrong in enumerate(([], "0.5", [1, 2, 3, "4"], [True] * 4, None)):
+    for place, wrong in enumerate(([], "0.5", [1, 2, 3, "4"], [True] * 4, None, [1, 2, 3, 10**200])):
         rows[place]["vector"] = wrong
     write_rows(tmp_path / "pool.jsonl", rows)
     heard = Heard()
     prompts = read(near(tmp_path, column="vector", k=99), heard)
-    assert ids(prompts) == [f"pool{place}" for place in range(5, 20)]
+    assert ids(prompts) == [f"pool{place}" for place in range(6, 20)]
     (warning,) = heard.warnings
-    assert "5 rows" in warning and "pool.jsonl:3: the column 'vector' is no list of numbers" in warning
+    assert "6 rows" in warning and "pool.jsonl:3: the column 'vector' is no list of numbers" in warning
     rows[7]["vector"] = [1.0]
     write_rows(tmp_path / "pool.jsonl", rows)
     with pytest.raises(UsageError, match="different lengths"):
@@ -268,7 +268,12 @@ def test_by_a_model_killed_and_resumed(
     assert len(files) == 2
     files[0].write_bytes(files[0].read_bytes()[:-8])
     asked[:] = [0, 0, 0]
-    assert ids(settled(made, Heard())) == expected
+    heard = Heard()
+    assert ids(settled(made, heard)) == expected
+    assert (
+        heard.lines[0]
+        == f"pool.jsonl: {len(expected)} of 20 prompts kept: the 3 nearest of 3 target prompts, each once"
+    )
     assert sorted(asked) == [0, 0, 0, 2, 3, 6, 6]
     asked[:] = [0, 0]  # whoever embeds now is stopped
     assert ids(settled(made, Heard())) == expected
