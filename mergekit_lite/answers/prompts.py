@@ -40,37 +40,41 @@ class LoadedPrompts:
     prompts: list[Prompt] = field(default_factory=list)  # the sound ones, each once, in the order of the data
     problems: list[str] = field(default_factory=list)  # of the rows that were left out, with their places
     repeated: int = 0  # how many rows were left out because an earlier row has the same conversation
+    places: dict[str, str] = field(default_factory=dict)  # of each id
     _asked: set[str] = field(default_factory=set)  # digests of the conversations
-    _places: dict[str, str] = field(default_factory=dict)  # of each id
+
+    def read(self, source: Prompts) -> None:
+        """Add the prompts of a source.
+
+        Raises:
+            UsageError: a file or data set can't be read, or has no column with prompts.
+        """
+        for values, kept, place in _rows(source, self.problems):
+            try:
+                self.add(_prompt(values, kept, source.domain), place)
+            except ValueError as error:
+                self.problems.append(f"{place}: {error}")
 
     def add(self, prompt: Prompt, place: str) -> None:
         """Add a prompt, unless its conversation was there before or its id is that of another one."""
         digest = digest_of(prompt.messages)
         if digest in self._asked:
             self.repeated += 1
-        elif prompt.id in self._places:
+        elif prompt.id in self.places:
             self.problems.append(
-                f"{place}: the id {shortened(prompt.id, 60)!r} is that of another prompt at {self._places[prompt.id]}"
+                f"{place}: the id {shortened(prompt.id, 60)!r} is that of another prompt at {self.places[prompt.id]}"
             )
         else:
             self._asked.add(digest)
-            self._places[prompt.id] = place
+            self.places[prompt.id] = place
             self.prompts.append(prompt)
 
 
 def load(sources: Iterable[Prompts]) -> LoadedPrompts:
-    """Read the prompts of all sources.
-
-    Raises:
-        UsageError: a file or data set can't be read, or has no column with prompts.
-    """
+    """Read the prompts of all sources. Raises as ``LoadedPrompts.read``."""
     loaded = LoadedPrompts()
     for source in sources:
-        for values, kept, place in _rows(source, loaded.problems):
-            try:
-                loaded.add(_prompt(values, kept, source.domain), place)
-            except ValueError as error:
-                loaded.problems.append(f"{place}: {error}")
+        loaded.read(source)
     return loaded
 
 

@@ -118,7 +118,7 @@ def _described(kind: type[BaseModel], root: Node, error: ValidationError) -> Ite
 
 def _remark(kind: type[BaseModel], root: Node, details: ErrorDetails) -> tuple[Mark, str, str]:
     """Return where one of pydantic's errors is, its subject with what was got, and what was expected or a hint."""
-    path = details["loc"]
+    path = tuple(step for step in details["loc"] if not str(step).startswith("("))  # of unions' tags, which are no keys
     place = _place(root, path)
     name = str(place.key.text) if place.key else "an entry" if place.node is not root else "the recipe"
     if details["type"] == "extra_forbidden":
@@ -159,5 +159,6 @@ def _bare(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
-        return _bare(next(part for part in get_args(annotation) if part is not type(None)))
+        parts = [_bare(part) for part in get_args(annotation) if part is not type(None)]
+        return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), parts[0])
     return annotation

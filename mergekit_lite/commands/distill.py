@@ -205,7 +205,7 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
 
     recipe = load(path)
     check(recipe)  # what training would refuse hours later
-    plan = dry_run(recipe, [] if recipe.rows is not None else prompts.read(recipe, reporter))
+    plan = dry_run(recipe, [] if recipe.rows is not None else prompts.read(recipe, reporter, plan=True))
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
         return

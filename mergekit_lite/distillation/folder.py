@@ -23,6 +23,11 @@ class Folder:
         """The prompts as they were when the sample stage first ran."""
         return self.root / "prompts.jsonl"
 
+    @property
+    def embeddings(self) -> Path:
+        """The folder of the embeddings that a model makes of prompts."""
+        return self.root / "embeddings"
+
     def samples(self, source: str) -> Path:
         """Return the file of the answers of one source."""
         return self.root / "samples" / f"{source}.jsonl"

@@ -10,9 +10,10 @@ from mergekit_lite.answers.problems import Problem
 from mergekit_lite.answers.rows import Key, Prompt, write_rows
 from mergekit_lite.distillation.data.importing import import_rows
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting, assignments
-from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores, candidates, texts
+from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting
+from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores, candidates, texts, unlike_scales
 from mergekit_lite.distillation.pairing.replay import replayed
+from mergekit_lite.distillation.pairing.selection import selected
 from mergekit_lite.distillation.pairing.table import Counts, PairingTable, table_of
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.checks import pairing_problems, unknown_domains
@@ -70,7 +71,7 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
         if not missing:
             answers = _answers(prompts, by_source, own)
             assigned = _assigned(recipe, prompts, pairings, answers, answered=True)
-    for problem in inventory.problems:
+    for problem in [*inventory.problems, *unlike_scales(inventory)]:
         reporter.warn(problem)
     rows = _write(recipe, prompts, pairings, answers, assigned)
     _write_waiting(folder, [prompts[prompt] for prompt in waiting])
@@ -133,7 +134,7 @@ def _assigned(
     assigned: dict[str, Assignment] = {}
     for domain, pairing in pairings.items():
         of_domain = {name: answers[name] for name, prompt in prompts.items() if prompt.domain == domain}
-        assigned |= assignments(pairing, of_domain, recipe.seed, answered)
+        assigned |= selected(pairing, of_domain, recipe.seed, answered)
     return {prompt: assigned[prompt] for prompt in prompts}  # in the order of the prompts
 
 
@@ -166,6 +167,7 @@ def _write(
     if any(isinstance(assignment, Waiting) for assignment in assigned.values()):
         del rows["preference"]
         folder.pairs("preference").unlink(missing_ok=True)
+    rows["sft"] = _in_order(recipe, rows["sft"], assigned)
     if isinstance(recipe, RoundRecipe):
         for name in ("sft", "preference"):
             if name in rows:
@@ -173,6 +175,19 @@ def _write(
     for name, lines in rows.items():
         write_rows(folder.pairs(name), lines)
     return rows
+
+
+def _in_order(recipe: Recipe, rows: list[dict[str, Any]], assigned: Mapping[str, Assignment]) -> list[dict[str, Any]]:
+    """Return the SFT rows in the order of the prompts, or of rising figures where ``sft_rows`` says so."""
+    if not recipe.pairs.sft_rows.rising:
+        return rows
+
+    def figure(row: Mapping[str, Any]) -> float:
+        example = assigned[row["prompt"]]
+        assert isinstance(example, SftExample) and example.figure is not None  # the recipe was checked
+        return example.figure
+
+    return sorted(rows, key=figure)
 
 
 def _write_waiting(folder: Folder, waiting: Sequence[Prompt]) -> None:
@@ -244,7 +259,7 @@ def _sft_row(prompt: Prompt, example: SftExample, pairing: Pairing, responses: R
         **_cut(response),
         "source": answer.source,
         "index": answer.index,
-        "score": response["scores"].get(pairing.score),
+        "score": pairing.score_of(response["scores"]),
         "scores": response["scores"],
         "rule": pairing.rule,
         "why": example.why,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mergekit_lite.answers import prompts as data
 from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
+from mergekit_lite.distillation import nearest
 from mergekit_lite.distillation.data.given import add_prompts
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.checks import unknown_domains
@@ -18,18 +19,33 @@ from mergekit_lite.errors import UsageError, counted, listing, shortened
 SHOWN = 5  # malformed rows in a warning
 
 
-def read(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
+def read(recipe: Recipe, reporter: Reporter, *, plan: bool = False) -> list[Prompt]:
     """Return the distinct prompts that the recipe's data have now; what is left out is reported.
 
-    A round has its part of those that the whole recipe has settled.
+    ``plan`` says that no prompts are embedded, so that others may stand for those that are near target prompts. A round
+    has its part of those that the whole recipe has settled.
 
     Raises:
         UsageError: the data can't be read, are empty, or have no prompt of a domain that the recipe names.
+        CheckpointError: a model that embeds prompts can't be loaded.
+        RunError: prompts can't be embedded.
     """
     if isinstance(recipe, RoundRecipe):
         hold_parts(recipe.whole)
-        return prompts_of(recipe, settled(recipe.whole, reporter))
-    loaded = data.load(recipe.prompts)
+        whole = read(recipe.whole, reporter, plan=True) if plan else settled(recipe.whole, reporter)
+        return prompts_of(recipe, whole)
+    loaded, domains = data.LoadedPrompts(), set[str]()
+    for entry in recipe.prompts:
+        if entry.nearest is None:
+            loaded.read(entry)
+            continue
+        pool = nearest.pool_of(entry)
+        domains |= {prompt.domain for prompt in pool.prompts}
+        chosen = nearest.nearest_prompts(entry, pool, Folder(recipe.folder).embeddings, reporter, plan=plan)
+        loaded.problems += pool.problems
+        loaded.repeated += pool.repeated
+        for prompt in chosen:
+            loaded.add(prompt, pool.places[prompt.id])
     if not recipe.prompts:
         add_prompts(recipe.sources, loaded)
     if loaded.problems:
@@ -39,7 +55,7 @@ def read(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
         reporter.line(f"{counted(loaded.repeated, 'prompt')} asked before in the data, taken once")
     if not loaded.prompts:
         raise UsageError(listing("There is no prompt to ask", loaded.problems or ["the data have no rows"]))
-    unknown_domains(recipe, (prompt.domain for prompt in loaded.prompts))
+    unknown_domains(recipe, [*(prompt.domain for prompt in loaded.prompts), *sorted(domains)])
     return loaded.prompts
 
 

@@ -28,6 +28,7 @@ class Candidate:
     digest: int | None = None  # of the text; equal texts have equal digests
     own: bool = False  # whether it is the target's own answer, not a source's
     whole: bool = True  # False for one that was cut: it may be rejected, but never chosen
+    vetoed: bool = False  # by a scorer: it may be rejected, but never chosen
 
 
 class Answers(NamedTuple):
@@ -135,14 +136,17 @@ RULES: dict[str, Callable[..., Offers]] = {
 
 
 def best(answers: Sequence[Candidate]) -> Candidate | Refusal:
-    """Return the answer with the highest score of those that were not cut; with a verifier, only of the right ones."""
+    """Return the answer with the highest score of those that may be chosen; with a verifier, only of the right ones."""
     if not answers:
         return Refusal("no answer with a score")
     right = [answer for answer in answers if answer.correct is not False]
     whole = [answer for answer in right if answer.whole]
     if not whole:
         return Refusal("no right answer that is whole" if right else "no right answer")
-    return max(whole, key=lambda answer: answer.score)
+    chosen = [answer for answer in whole if not answer.vetoed]
+    if not chosen:
+        return Refusal("no answer without a veto")
+    return max(chosen, key=lambda answer: answer.score)
 
 
 def extremes(answers: Sequence[Candidate]) -> PreferencePair | Refusal:

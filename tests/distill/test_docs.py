@@ -18,6 +18,7 @@ from mergekit_lite.answers.scoring import scorer
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.preference import OBJECTIVES
+from mergekit_lite.distillation.recipe.choosing import Nearest, SftRows
 from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.distillation.recipe.schema import (
     Fuse,
@@ -90,6 +91,17 @@ def test_the_recipes_of_given_data_load(tmp_path: Path) -> None:
     assert given is not None and given.preference[0].split == "train_prefs"
 
 
+def test_the_recipes_that_select_load(tmp_path: Path) -> None:
+    """Each block in a recipe that has the scorers it names, and some source."""
+    blocks = re.findall(r"```yaml\n(.*?)```", section("Selecting prompts and rows"), re.DOTALL)
+    blocks += re.findall(r"```yaml\n(.*?)```", section("Prompts near others"), re.DOTALL)
+    scorers = [{"name": name, "kind": "exact"} for name in ("right", "judge", "helpful", "honest")]
+    loaded = [load(write_recipe(tmp_path, **{"scorers": scorers, **yaml.safe_load(block)})) for block in blocks]
+    least = [recipe.pairs.sft_rows.least for recipe in loaded]
+    assert least == [4.5, None, 8, 1, 2, None, None]
+    assert [bool(recipe.prompts[0].nearest) for recipe in loaded] == [False] * 6 + [True]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command: str) -> None:
     """They exist, with the options that the page gives, and the recipes that it names are there."""
@@ -149,6 +161,8 @@ def test_the_sources_load(tmp_path: Path) -> None:
         ("Keys of preference training", own(Preference)),
         ("Teachers", RecipeTeacher.model_fields),
         ("Rounds", Rounds.model_fields),
+        ("Prompts near others", Nearest.model_fields),
+        ("Selecting prompts and rows", SftRows.model_fields),
     ],
 )
 def test_keys_have_the_defaults_that_the_pages_tell(heading: str, keys: dict[str, FieldInfo]) -> None:

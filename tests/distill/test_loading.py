@@ -55,6 +55,16 @@ WRONG: list[tuple[str, str, str]] = [  # what is replaced in the sound one, by w
     ("  sft: {learning_rate: 1e-5}", "  sft:", "'train' has none of sft, fuse, on_policy, preference"),
     ("path: p.jsonl", "path: p.jsonl\n    dataset: org/d", "4:5: prompts are given by exactly one of"),
     ("path: p.jsonl", "domain: x", "4:5: prompts are given by exactly one"),
+    ("path: p.jsonl", "path: p.jsonl\n    nearest: {to: [], k: 1, model: m}", "5:19: 'to' is an empty list: name the"),
+    ("path: p.jsonl", "path: p.jsonl\n    nearest: {to: [{path: t}], k: 1}", "5:14: embeddings are given by exactly"),
+    ("path: p.jsonl", "path: p.jsonl\n    nearest: {to: [{limit: 1}], k: 1, model: m}", "5:20: prompts are given by"),
+    ("path: p.jsonl", "path: p.jsonl\n    nearest: {to: [{path: t}], model: m}", "5:14: prompts[1].nearest has no 'k'"),
+    ("path: p.jsonl", "path: p.jsonl\n    nearest: {too: [{path: t}]}", "5:15: unknown key 'too' in nearest. Did you"),
+    (
+        "path: p.jsonl",
+        "path: p.jsonl\n    nearest: {to: [{path: t}], k: 1, column: c, batch_size: 2}",
+        "5:61: 'batch_size' has no effect here: it is for a 'model'",
+    ),
     ("path: p.jsonl", "path: p.jsonl\n    split: test", "5:12: 'split' has no effect on a file"),
     ("model: org/a", "model: org/a\n  - {name: A, model: x}", "8:12: the name 'A' is taken by another of the sources"),
     ("name: a", "name: a.partial", "6:11: the name 'a.partial' ends like a file that is not finished"),
@@ -77,6 +87,32 @@ WRONG: list[tuple[str, str, str]] = [  # what is replaced in the sound one, by w
     ("reward, model: org/rm", "log_ratio, strong: x", "9:5: a scorer of the kind 'log_ratio' needs 'weak'"),
     ("reward, model: org/rm", "code", "9:5: a scorer of the kind 'code' needs 'allow_code'"),
     ("score: rm", "score: mr", "10:33: no scorer is named 'mr'"),
+    ("score: rm", "score: [rm]", "10:33: 'score' is a list, expected the name of a scorer, or {mean: [NAME, NAME]}"),
+    ("score: rm", "score: {meen: [rm]}", "10:34: unknown key 'meen' in score. Did you mean 'mean'?"),
+    ("score: rm", "score: {mean: rm}", "10:40: 'mean' is the text 'rm', expected a list"),
+    ("score: rm", "score: {mean: [rm, mr]}", "10:45: no scorer is named 'mr'. There are: rm."),
+    ("score: rm", "score: {minimum: [rm, rm]}", "10:33: 'rm' is listed twice"),
+    ("score: rm", "score: {mean: [rm], minimum: [rm]}", "10:33: several scorers rank by exactly one of 'mean' and"),
+    ("score: rm", "score: {mean: [rm]}", "10:33: one scorer alone is named without mean: `score: NAME`"),
+    ("score: rm", "score: rm, veto: {mr: 1}", "10:48: no scorer is named 'mr'"),
+    ("score: rm", "score: rm, veto: {rm: much}", "10:48: 'rm' is the text 'much', expected a number"),
+    ("score: rm", "score: rm, rip: {gap: 1, of: prompt}", "10:55: 'of' is the text 'prompt', expected 'pairs' or"),
+    ("score: rm", "score: rm, sft_share: 1, rip: {gap: 1}", "10:56: 'rip' has no effect here: with sft_share 1"),
+    ("fusechat3, score: rm", "as_is, rip: {gap: 1}", "10:27: 'rip' has no effect here: as_is compares no answers"),
+    ("score: rm", "score: rm, sft_rows: {by: lenth}", "10:52: 'by' is the text 'lenth', expected 'score', 'length'"),
+    ("score: rm", "score: rm, sft_rows: {by: length}", "10:47: it selects nothing: give `least`, `top`, or"),
+    ("score: rm", "score: rm, sft_rows: {top: 0}", "10:53: 'top' is the number 0, expected greater than or equal to 1"),
+    ("score: rm", "score: rm, sft_share: 0, sft_rows: {top: 1}", "10:61: 'sft_rows' has no effect here"),
+    ("fusechat3, score: rm", "as_is, sft_rows: {top: 1}", "10:32: rows are selected by score: name the scorer"),
+    ("score: rm", "score: rm, sft_rows: {by: difficulty, top: 1}", "10:47: `by: difficulty` and `student:"),
+    ("score: rm", "score: rm, sft_rows: {by: difficulty, top: 1, student: b}", "10:81: no source is named 'b'"),
+    ("score: rm", "score: rm, sft_rows: {by: difficulty, top: 1, student: a}", "10:81: the student is the only source"),
+    ("score: rm", "score: rm, sft_rows: {rising: true}", "10:56: no training reads rows in their order: give"),
+    (
+        "score: rm",
+        "score: rm, sft_rows: {rising: true}, domains: {x: {sft_rows: {top: 2}}}",
+        "10:87: `rising` orders the rows of all domains together",
+    ),
     ("rule: fusechat3", "rule: wrpo", "target_source"),
     ("train:", "target_source: {name: own}\ntrain:", "11:23: this source is always called 'target'"),
     ("train:", "target_source: {model: own}\ntrain:", "11:24: the model of 'target_source' is the one that SFT makes"),
@@ -100,6 +136,19 @@ def test_what_is_wrong_is_told_with_its_place(old: str, new: str, told: str) -> 
     assert SOUND.count(old) == 1
     found = problems(SOUND.replace(old, new))
     assert any(told in problem for problem in found), found
+
+
+def test_what_a_domain_inherits_has_an_effect_there() -> None:
+    """``rip`` and ``sft_rows`` that are idle but in one domain."""
+    pairs = "pairs: {rule: fusechat3, score: rm}"
+    for idle, domain in (
+        ("sft_share: 1, rip: {gap: 1}", "{sft_share: 0.5}"),
+        ("sft_share: 0, sft_rows: {top: 1}", "{split: availability}"),
+        ("sft_share: 0, sft_rows: {top: 1}", "{rule: as_is}"),
+    ):
+        made = SOUND.replace(pairs, f"pairs: {{rule: fusechat3, score: rm, {idle}, domains: {{x: {domain}}}}}")
+        assert parse(made, "r.yaml", Path("/")).pairs.domains.keys() == {"x"}
+        assert "has no effect here" in " ".join(problems(made.replace(domain, "{gap: [0, 1]}")))
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -169,3 +169,20 @@ def test_rounds(name: str) -> None:
 def test_dno_filters() -> None:
     pairs = load(FOLDER / "dno.yaml").pairs
     assert (pairs.chosen_score, pairs.gap, pairs.gap_own, pairs.answers) == (5, (2, None), (1, None), "all")
+
+
+def test_rows_of_alpaca() -> None:
+    """Long Is More and AlpaGasus: the authors' thresholds, and the numbers of their scripts."""
+    longest, accurate = (load(FOLDER / f"{name}.yaml") for name in ("long-is-more-llama-2-7b", "alpagasus-7b"))
+    assert not longest.scorers and not longest.pairs.scorers
+    assert (longest.pairs.sft_rows.by, longest.pairs.sft_rows.top, longest.pairs.sft_rows.least) == (
+        "length",
+        1000,
+        None,
+    )
+    assert accurate.pairs.scorers == ("accuracy",) and accurate.pairs.sft_rows.least == 4.5
+    published = {"long": (1e-5, 15, "linear", 0), "alpagasus": (2e-5, 3, "cosine", 0.03)}
+    for recipe, numbers in zip((longest, accurate), published.values(), strict=True):
+        sft = recipe.train.sft
+        assert sft is not None and recipe.train.stages.keys() == {"sft"} and sft.batch_size == 128
+        assert (sft.learning_rate, sft.epochs, sft.scheduler, sft.warmup_ratio) == numbers

@@ -64,6 +64,8 @@ def _without_effect(settings: OnPolicy) -> Iterator[str]:
         )
     if settings.too_long == "cut":
         yield f"{SECTION}: too_long: cut would train on other prompts than were asked; too long ones are left out"
+    if settings.in_order:
+        yield f"{SECTION}: each round's answers are new, and their order is drawn: leave 'in_order' out"
     if settings.lora is not None and settings.lora.dropout:
         yield f"{SECTION}.lora: dropout would change the model between an answer and the step on it: set it to 0"
     if settings.prompts is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
@@ -34,12 +34,13 @@ class SftExample(NamedTuple):
 
     answer: Candidate
     why: str
+    figure: float | None = None  # that ``sft_rows`` selects it by
 
 
 class Dropped(NamedTuple):
     """A prompt that becomes no row."""
 
-    stage: str  # the training that loses it: sft or preference
+    stage: str  # the training that loses it: sft or preference; selection, where both do
     reason: Refusal
 
 
@@ -59,24 +60,31 @@ def assignments(
     whether the target's own answers are known, where the pairing needs them.
     """
     if pairing.rule == "as_is":
-        return {prompt: _as_is(answers) for prompt, answers in prompts.items()}
+        return {prompt: _as_is(teaching(pairing, answers)) for prompt, answers in prompts.items()}
     if pairing.split == "availability":
         pairs = _pairs(pairing, prompts, seed)
-        return {prompt: _available(pairs[prompt], answers) for prompt, answers in prompts.items()}
+        return {prompt: _available(pairs[prompt], teaching(pairing, answers)) for prompt, answers in prompts.items()}
     return _split(pairing, prompts, seed, answered)
 
 
-def _as_is(answers: Answers) -> Assignment:
-    first = next((answer for answer in answers.sources if answer.whole), None)
+def teaching(pairing: Pairing, answers: Answers) -> list[Candidate]:
+    """Return the answers to imitate: those of the sources, without the student whose answers tell the difficulty."""
+    return [answer for answer in answers.sources if answer.source != pairing.sft_rows.student]
+
+
+def _as_is(answers: Sequence[Candidate]) -> Assignment:
+    whole = [answer for answer in answers if answer.whole]
+    first = next((answer for answer in whole if not answer.vetoed), None)
     if first is None:
-        return Dropped("sft", Refusal("no answer that is whole" if answers.sources else "no answer"))
+        why = "no answer without a veto" if whole else "no answer that is whole" if answers else "no answer"
+        return Dropped("sft", Refusal(why))
     return SftExample(first, "the first answer, as it is")
 
 
-def _available(pair: PreferencePair | Refusal, answers: Answers) -> Assignment:
+def _available(pair: PreferencePair | Refusal, answers: Sequence[Candidate]) -> Assignment:
     if isinstance(pair, PreferencePair):
         return pair
-    example = best(answers.sources)
+    example = best(answers)
     if isinstance(example, Refusal):
         return Dropped("sft", example)
     return SftExample(example, f"{_why(answers)}; no pair: {pair.why}")
@@ -88,7 +96,8 @@ def _split(pairing: Pairing, prompts: Mapping[str, Answers], seed: int, answered
     FuseChat-3.0's counts show this: 40 % of these, not of all prompts. Where the target answers after its SFT, pairs
     are not known yet, and only a prompt without an answer to imitate doesn't fit.
     """
-    examples = {prompt: best(answers.sources) for prompt, answers in prompts.items()}
+    taught = {prompt: teaching(pairing, answers) for prompt, answers in prompts.items()}
+    examples = {prompt: best(answers) for prompt, answers in taught.items()}
     pairs = {} if pairing.needs_target else _pairs(pairing, prompts, seed)
     needs_sources = not pairing.needs_target or pairing.sft_share > 0 or pairing.rule == "wrpo"
     assigned: dict[str, Assignment] = {}
@@ -105,7 +114,7 @@ def _split(pairing: Pairing, prompts: Mapping[str, Answers], seed: int, answered
     for prompt in fit:
         example, pair = examples[prompt], pairs.get(prompt)
         if prompt in for_sft and isinstance(example, Candidate):
-            assigned[prompt] = SftExample(example, _why(prompts[prompt]))
+            assigned[prompt] = SftExample(example, _why(taught[prompt]))
         elif pair is None:
             assigned[prompt] = Waiting()
         else:
@@ -135,7 +144,9 @@ def _pairs(pairing: Pairing, prompts: Mapping[str, Answers], seed: int) -> dict[
     gap = _gap_filter(pairing, offers.values())
     if pairing.gap_own is not None:
         gap = by_chosen(gap, gap_between(*pairing.gap_own))
-    filters = [gap, chosen_from(pairing.chosen_score), rip(**pairing.rip)]
+    filters = [gap, chosen_from(pairing.chosen_score)]
+    if pairing.rip.of == "pairs":
+        filters.append(rip(**pairing.rip.thresholds))
     return {prompt: admitted(offered, filters) for prompt, offered in offers.items()}
 
 
@@ -160,6 +171,6 @@ def _gap_filter(pairing: Pairing, offers: Iterable[Offers]) -> Filter:
     return gap_between(least, most)
 
 
-def _why(answers: Answers) -> str:
-    right = "right ones of " if any(answer.correct is not None for answer in answers.sources) else ""
-    return f"highest score of {right}{len(answers.sources)}"
+def _why(answers: Sequence[Candidate]) -> str:
+    right = "right ones of " if any(answer.correct is not None for answer in answers) else ""
+    return f"highest score of {right}{len(answers)}"

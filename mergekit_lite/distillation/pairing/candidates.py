@@ -7,8 +7,9 @@ pass keeps numbers and a digest of each text, and the second reads only the text
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import pstdev
 from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
@@ -16,9 +17,12 @@ from xxhash import xxh3_64_intdigest
 from mergekit_lite.answers.rows import ANSWER, VERDICT, Key, Prompt, read_rows
 from mergekit_lite.answers.thoughts import as_trained, is_cut, parts_of
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.pairing.counts import CUT, AnswerCounts
+from mergekit_lite.distillation.pairing.counts import CUT, VETOED, AnswerCounts
+from mergekit_lite.distillation.recipe.choosing import Combined
 from mergekit_lite.distillation.recipe.schema import Pairing, RecipeScorer, RecipeSource
 from mergekit_lite.distillation.rules import Candidate
+
+UNLIKE = 5  # ratio of standard deviations of scores that rank together
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Inventory:
     problems: list[str] = field(default_factory=list)  # malformed rows, with file and line
     counts: dict[str, Counter[str]] = field(default_factory=dict)  # answers by domain, there by what became of them
     sources: dict[str, AnswerCounts] = field(default_factory=dict)  # by source
+    combined: dict[str, list[float]] = field(default_factory=dict)  # scores that rank together, by scorer
 
     def count(self, domain: str, what: str, number: int = 1) -> None:
         """Count answers to prompts of a domain."""
@@ -76,6 +81,9 @@ def candidates(
             usable.setdefault(prompt.id, []).append(candidate)
             if not candidate.whole:
                 inventory.count(prompt.domain, CUT)
+            if candidate.vetoed:
+                inventory.count(prompt.domain, VETOED)
+            _keep_combined(pairings[prompt.domain], Key(prompt.id, candidate.index), scores, inventory)
     lacking = {prompt: max(source.answers_to(prompts[prompt].domain) - answers[prompt], 0) for prompt in wanted}
     for prompt_id, number in lacking.items():
         inventory.count(prompts[prompt_id].domain, "not there", number)
@@ -100,20 +108,42 @@ def _candidate(
         return "blank"
     if source.thoughts == "only" and not parts.has_thoughts:
         return "without thoughts"
-    score, correct = 0.0, None
+    given: dict[str, float] = {}
     for name in pairing.scorers:
         if key not in scores[name]:
             return _unjudged(name)
         value = scores[name][key]
         if value is None:
             return f"no score by {name}"
-        if name == pairing.score:
-            score = value
-        if name == pairing.correct:
-            correct = value >= 1
+        given[name] = value
+    score = pairing.score_of(given) or 0.0  # as_is may do without
+    correct = given[pairing.correct] >= 1 if pairing.correct in given else None
+    vetoed = any(given[name] < least for name, least in pairing.veto.items())
     digest = xxh3_64_intdigest(text.encode())
     whole = pairing.cut == "keep" or not is_cut(row)
-    return Candidate(source.name, key.number, score, correct, len(parts.answer), digest, own, whole)
+    return Candidate(source.name, key.number, score, correct, len(parts.answer), digest, own, whole, vetoed)
+
+
+def _keep_combined(
+    pairing: Pairing, key: Key, scores: Mapping[str, Mapping[Key, float | None]], inventory: Inventory
+) -> None:
+    """Keep the scores that rank an answer together, to compare the scorers' scales."""
+    for name in pairing.ranking if isinstance(pairing.score, Combined) else ():
+        value = scores.get(name, {}).get(key)
+        if value is not None:
+            inventory.combined.setdefault(name, []).append(value)
+
+
+def unlike_scales(inventory: Inventory) -> Iterator[str]:
+    """Yield a warning where scores that rank together spread so unlike that one scorer decides nearly alone."""
+    spreads = {name: pstdev(scores) for name, scores in inventory.combined.items()}
+    told = {name: spread for name, spread in spreads.items() if spread > 0}
+    if told and max(told.values()) > UNLIKE * min(told.values()):
+        listed = ", ".join(f"{name} by {spread:.3g}" for name, spread in told.items())
+        yield (
+            f"scores that rank together spread unlike (standard deviations: {listed}), and are combined as they are: "
+            "bring them to one scale, or give one of them a `veto` instead"
+        )
 
 
 def _unjudged(scorer: str) -> str:

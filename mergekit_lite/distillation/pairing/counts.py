@@ -9,6 +9,7 @@ from typing import Any
 from mergekit_lite.answers.thoughts import is_cut, parted, parts_of
 
 CUT = "cut by the limit of tokens, so not chosen"
+VETOED = "vetoed, so not chosen"
 
 
 @dataclass

@@ -20,6 +20,7 @@ from mergekit_lite.distillation.recipe.schema import (
     RecipeSource,
     Train,
 )
+from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections, wrong_nearest
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
@@ -39,6 +40,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             yield from _source(("sources", number), source)
         for number, prompts in enumerate(recipe.prompts):
             yield from one_origin(("prompts", number), prompts)
+            yield from wrong_nearest(("prompts", number, "nearest"), prompts.nearest)
         yield from pairing_problems(recipe)
     if not recipe.train.stages:
         yield Problem(("train",), f"'train' has none of {', '.join(Train.model_fields)}: at least one is needed")
@@ -92,7 +94,10 @@ def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
     needed = ["prompts", "sources", "scorers", "pairs"] if recipe.train.reads_rows else ["prompts"]
     if "sources" in needed and not any(recipe.pairs.of(domain).reads_sources for domain in ("", *recipe.pairs.domains)):
         needed.remove("sources")  # all pairs are of the target's own answers
+    scored = any(recipe.pairs.of(domain).scorers for domain in ("", *recipe.pairs.domains))
     for key in needed:
+        if key == "scorers" and "pairs" in recipe.model_fields_set and not scored:
+            continue  # rows are as the data have them
         given = key == "prompts" and any(source.answers for source in recipe.sources)
         if key not in recipe.model_fields_set and not given:
             yield Problem((), f"the recipe has no {key!r}")
@@ -196,11 +201,8 @@ def _target_source(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _pairing(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
-    scorers = [scorer.name for scorer in recipe.scorers]
-    for key, name in (("score", pairing.score), ("correct", pairing.correct)):
-        if name is not None and name not in scorers:
-            known = f" Known: {', '.join(scorers)}." if scorers else " The recipe has no scorers."
-            yield Problem((*at, key), f"no scorer is named {name!r}.{nearest(name, scorers)}{known}")
+    yield from pairing_scorers(pairing, [scorer.name for scorer in recipe.scorers], at)
+    yield from selections(recipe, pairing, at)
     if pairing.rule != "as_is":
         if pairing.score is None:
             yield Problem(at, f"{pairing.rule} ranks answers: name the scorer as `score`")

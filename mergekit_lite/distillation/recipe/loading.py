@@ -11,6 +11,7 @@ from mergekit_lite.answers.asked_model import located, model_at
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.validated import validated
 from mergekit_lite.distillation.recipe.checks import contradictions
+from mergekit_lite.distillation.recipe.choosing import ChosenPrompts
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, RecipeSource, Train
 from mergekit_lite.yaml_document import text_of
 
@@ -54,7 +55,7 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "folder": folder / recipe.folder.expanduser(),
             "target": model_at(recipe.target, folder),
-            "prompts": _data(recipe.prompts, folder),
+            "prompts": tuple(_prompts(each, folder) for each in _data(recipe.prompts, folder)),
             "rows": rows,
             "sources": tuple(_source(source, folder) for source in recipe.sources),
             "scorers": tuple(_scorer(scorer, folder) for scorer in recipe.scorers),
@@ -77,6 +78,16 @@ def _train(train: Train, folder: Path) -> Train:
 def _data(data: tuple[D, ...], folder: Path) -> tuple[D, ...]:
     updates = ({"path": folder / each.path.expanduser()} if each.path else {} for each in data)
     return tuple(each.model_copy(update=update) for each, update in zip(data, updates, strict=True))
+
+
+def _prompts(prompts: ChosenPrompts, folder: Path) -> ChosenPrompts:
+    nearest = prompts.nearest
+    if nearest is None:
+        return prompts
+    model = nearest.model and model_at(nearest.model, folder)
+    return prompts.model_copy(
+        update={"nearest": nearest.model_copy(update={"to": _data(nearest.to, folder), "model": model})}
+    )
 
 
 def _source(source: RecipeSource, folder: Path) -> RecipeSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from mergekit_lite.answers.thoughts import Thoughts
+from mergekit_lite.distillation.recipe.choosing import ChosenPrompts, Combined, Rip, Score, SftRows
 
 TARGET = "target"  # names the source that is the target itself, after its SFT
 TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own answers
@@ -105,7 +107,8 @@ class RecipeScorer(ScorerSettings):
 class PairingRules(Strict):
     """How scored answers become training rows, apart from the rule."""
 
-    score: str | None = None  # the scorer that ranks; only as_is does without
+    score: Score | None = None  # the scorer that ranks, or several; only as_is does without
+    veto: dict[str, float] = {}  # scorer: the least score of chosen answers and SFT
     correct: str | None = None  # a verifier: only answers that it scores 1 are chosen, only others rejected
     answers: Literal["sources", "target", "all"] = "sources"  # whose answers best_worst and sweet_spot pair
     cut: Literal["drop", "keep"] = "drop"  # of chosen answers and SFT: those that the limit of tokens cut
@@ -115,7 +118,8 @@ class PairingRules(Strict):
     chosen_score: float | None = None  # the least score of a chosen answer
     split: Literal["share", "availability"] = "share"  # availability: every pair is a preference row, the rest SFT
     sft_share: Share = 0.4  # with split share: of the prompts, rounded down
-    rip: dict[Literal["rejected_score", "rejected_length", "gap"], float] = {}  # RIP's three thresholds
+    rip: Rip = Rip()
+    sft_rows: SftRows = SftRows()
     options: dict[str, float] = {}  # keyword arguments of the rule
 
 
@@ -132,9 +136,26 @@ class Pairing(PairingRules):
     domains: dict[str, DomainPairing] = {}
 
     @property
+    def ranking(self) -> tuple[str, ...]:
+        """The scorers that rank."""
+        return self.score.names if isinstance(self.score, Combined) else (self.score,) if self.score else ()
+
+    @property
     def scorers(self) -> tuple[str, ...]:
-        """The scorers whose scores an answer needs to be used."""
-        return () if self.rule == "as_is" else tuple(filter(None, (self.score, self.correct)))
+        """The scorers whose scores an answer needs to be used, each once."""
+        names = [*self.veto]
+        if self.rule != "as_is" or self.sft_rows.needs_score:
+            names += self.ranking
+        if self.rule != "as_is" and self.correct is not None:
+            names.append(self.correct)
+        return tuple(dict.fromkeys(names))
+
+    def score_of(self, scores: Mapping[str, float | None]) -> float | None:
+        """Return the score that an answer is ranked by, of all that it has; None where one of them is missing."""
+        values = [value for name in self.ranking if (value := scores.get(name)) is not None]
+        if not values or len(values) < len(self.ranking):
+            return None
+        return self.score.of(values) if isinstance(self.score, Combined) else values[0]
 
     @property
     def needs_target(self) -> bool:
@@ -197,6 +218,7 @@ class Training(Strict):
     too_long: Literal["drop", "cut"] = "drop"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attn_implementation: Attention | None = None  # of transformers; by default the model's, sdpa where it can
+    in_order: bool = False  # rows in the order of the file in every epoch; by default a new random one
     packing: bool = True  # rows of a device lie end to end, without padding, where the model and its attention allow it
     gradient_checkpointing: bool = False
     lora: Lora | None = None
@@ -331,7 +353,7 @@ class Recipe(Strict):
     target: str  # the model to train
     rounds: Rounds | None = None  # in a file the number alone may stand for the section
     rows: GivenRows | None = None  # to train on; then there are no prompts, sources, scorers and pairs
-    prompts: tuple[Prompts, ...] = ()  # those of the given answers by default
+    prompts: tuple[ChosenPrompts, ...] = ()  # those of the given answers by default
     sources: tuple[RecipeSource, ...] = ()
     target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
     scorers: tuple[RecipeScorer, ...] = ()

@@ -24,6 +24,7 @@ from mergekit_lite.answers.scoring.registry import kind_of
 from mergekit_lite.answers.thoughts import is_cut, parts_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
+from mergekit_lite.distillation.recipe.choosing import ChosenPrompts
 from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeSource, Train
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import all_rounds, made_by
@@ -183,7 +184,7 @@ def _as_distillation(recipe: Recipe, models: Mapping[str, str], domains: set[str
             "folder": recipe.folder / "report",
             "rounds": None,
             "rows": None,
-            "prompts": recipe.report.prompts,
+            "prompts": tuple(ChosenPrompts.model_validate(each.model_dump()) for each in recipe.report.prompts),
             "sources": tuple(_source(recipe, name, model) for name, model in models.items()),
             "target_source": None,
             "scorers": tuple(scorers),

@@ -46,7 +46,8 @@ FREE = {
 }
 # Defaults of settings that earlier versions didn't have, which are told only where they differ: their runs go on.
 LATER: dict[str, Any] = {
-    **{"eval": 0, "keep": "last", "options.nll": 0.0, "reference": None, "noise": None, "unlikelihood": None},
+    **{"eval": 0, "keep": "last", "options.nll": 0.0, "reference": None, "in_order": False},
+    **{"noise": None, "unlikelihood": None},
     **{"lora.rslora": False, "lora.dora": False, "lora.modules_to_save": [], "lora.base": None},
 }
 NOISY = ("transformers", "accelerate", "DeepSpeed")  # loggers whose warnings say nothing that a user can act on
@@ -218,7 +219,12 @@ class TrainingStage:
     def _trainer(self, args: TrainingArguments, parts: Split, planned: Length, reporter: Reporter) -> ResponseTrainer:
         from mergekit_lite.distillation.training.trainer import OrderedRows
 
-        rows = OrderedRows(parts.trained, order(len(parts.trained), planned.rows, self.seed, self.name))
+        number = len(parts.trained)
+        if self.training.in_order:
+            places = [place % number for place in range(planned.rows)]
+        else:
+            places = order(number, planned.rows, self.seed, self.name)
+        rows = OrderedRows(parts.trained, places)
         trainer = self.new_trainer(args, rows)
         trainer.held_out = parts.held
         plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None

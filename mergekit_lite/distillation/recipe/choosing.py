@@ -1,0 +1,105 @@
+"""The keys that choose: prompts near others, scorers that rank together, RIP, and which SFT rows are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from mergekit_lite.answers.prompts import Prompts
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Choosing(BaseModel):
+    """Keys that choose: unknown ones are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Nearest(Choosing):
+    """Keeps the prompts that are among the ``k`` nearest of any target prompt, by embeddings."""
+
+    to: tuple[Prompts, ...]  # the target prompts
+    k: Count
+    model: str | None = None  # embeds prompts by the mean of its last hidden states: a folder or org/name
+    column: str | None = None  # or the column with the embedding, a list of numbers, in both data
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+    max_length: Count = 512  # tokens of a prompt that the model reads
+    batch_size: Count = 16
+    device: str | None = None  # by default a GPU if the machine has one
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class ChosenPrompts(Prompts):
+    """A source of prompts, of which some may be chosen."""
+
+    nearest: Nearest | None = None
+
+
+class Combined(Choosing):
+    """Several scorers that rank together. Their scores are taken as they are, without bringing them to one scale."""
+
+    mean: tuple[str, ...] = ()
+    minimum: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The scorers."""
+        return self.mean or self.minimum
+
+    def of(self, scores: Sequence[float]) -> float:
+        """Return the one figure of their scores."""
+        return fmean(scores) if self.mean else min(scores)
+
+
+def _named(value: object) -> str | None:
+    """Return which of ``UNNAMED`` a score is, so that what is wrong in a mapping shows there."""
+    return UNNAMED[0] if isinstance(value, str) else UNNAMED[1] if isinstance(value, dict | Combined) else None
+
+
+UNNAMED = ("(a name)", "(a mapping)")  # steps of pydantic's places of errors that are no keys of a recipe
+Score = Annotated[
+    Annotated[str, Tag(UNNAMED[0])] | Annotated[Combined, Tag(UNNAMED[1])],
+    Discriminator(
+        _named,
+        custom_error_type="score_type",
+        custom_error_message="the name of a scorer, or {mean: [NAME, NAME]}, or {minimum: …}",
+    ),
+]
+
+
+class Rip(Choosing):
+    """RIP's three thresholds, and what they select: pairs, or prompts by the sources' best and worst answer."""
+
+    rejected_score: float | None = None
+    rejected_length: float | None = None
+    gap: float | None = None
+    of: Literal["pairs", "prompts"] = "pairs"
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Those that are given."""
+        return self.model_dump(exclude={"of"}, exclude_none=True)
+
+
+class SftRows(Choosing):
+    """Which of a domain's SFT rows are kept, and in which order. Without any key all are, in that of the prompts."""
+
+    by: Literal["score", "length", "difficulty"] = "score"  # of the answer; length: in characters
+    least: float | None = None
+    top: Count | None = None  # that many, from the highest
+    student: str | None = None  # the source whose answers tell the difficulty: the answer's score minus their mean
+    rising: bool = False  # from the lowest to the highest, over all domains
+
+    @property
+    def selects(self) -> bool:
+        """Whether the rows are looked at."""
+        return self.least is not None or self.top is not None or self.rising
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether it looks at scores."""
+        return self.selects and self.by != "length"

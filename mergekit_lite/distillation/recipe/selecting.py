@@ -1,0 +1,99 @@
+"""What is wrong with how a recipe selects prompts and SFT rows, and with the scorers that rank answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mergekit_lite.answers.problems import KeyPath, Problem, not_named, one_origin
+from mergekit_lite.distillation.recipe.choosing import Combined, Nearest
+from mergekit_lite.distillation.recipe.schema import Pairing, PairingRules, Recipe
+
+
+def wrong_nearest(at: KeyPath, nearest: Nearest | None) -> Iterator[Problem]:
+    """Yield what is wrong with ``nearest`` of a source of prompts."""
+    if nearest is None:
+        return
+    if not nearest.to:
+        yield Problem((*at, "to"), "'to' is an empty list: name the target prompts")
+    for number, targets in enumerate(nearest.to):
+        yield from one_origin((*at, "to", number), targets)
+    if (nearest.model is None) == (nearest.column is None):
+        yield Problem(at, "embeddings are given by exactly one of 'model' and 'column'")
+    elif nearest.column is not None:
+        for key in ("max_length", "batch_size", "device", "dtype"):
+            if key in nearest.model_fields_set:
+                yield Problem((*at, key), f"{key!r} has no effect here: it is for a 'model'")
+
+
+def pairing_scorers(pairing: Pairing, scorers: Sequence[str], at: KeyPath) -> Iterator[Problem]:
+    """Yield what is wrong with the scorers that a pairing names; ``scorers`` are the recipe's."""
+    named: list[tuple[KeyPath, str]] = [(("veto", name), name) for name in pairing.veto]
+    if isinstance(pairing.score, Combined):
+        yield from _combined(pairing.score, (*at, "score"))
+        for how in ("mean", "minimum"):
+            named += [(("score", how, place), name) for place, name in enumerate(getattr(pairing.score, how))]
+    elif pairing.score is not None:
+        named.append((("score",), pairing.score))
+    if pairing.correct is not None:
+        named.append((("correct",), pairing.correct))
+    for where, name in named:
+        if name not in scorers:
+            yield Problem((*at, *where), not_named(name, scorers, "scorer"))
+
+
+def _combined(score: Combined, at: KeyPath) -> Iterator[Problem]:
+    if bool(score.mean) == bool(score.minimum):
+        yield Problem(at, "several scorers rank by exactly one of 'mean' and 'minimum'")
+    elif len(score.names) < 2:
+        yield Problem(at, f"one scorer alone is named without {'mean' if score.mean else 'minimum'}: `score: NAME`")
+    for name in dict.fromkeys(name for name in score.names if score.names.count(name) > 1):
+        yield Problem(at, f"{name!r} is listed twice")
+
+
+def selections(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
+    """Yield what is wrong with ``rip`` and ``sft_rows`` of a pairing, and what they say without an effect anywhere."""
+    base = at == ("pairs",)
+    own: PairingRules = recipe.pairs if base else recipe.pairs.domains[str(at[-1])]
+    heirs = [recipe.pairs.of(domain) for domain in ("", *recipe.pairs.domains)] if base else [pairing]
+    if "rip" in own.model_fields_set and own.rip.thresholds and all(idle := [_idle_rip(heir) for heir in heirs]):
+        yield Problem((*at, "rip"), f"'rip' has no effect here: {idle[0]}")
+    if "sft_rows" in own.model_fields_set:
+        if own.sft_rows.selects and not any(map(_has_sft, heirs)):
+            yield Problem((*at, "sft_rows"), "'sft_rows' has no effect here: with sft_share 0 there are none")
+        yield from _sft_rows(recipe, pairing, (*at, "sft_rows"))
+
+
+def _idle_rip(pairing: Pairing) -> str:
+    """Return why RIP selects nothing, or an empty text."""
+    if pairing.rule == "as_is":
+        return "as_is compares no answers"
+    if pairing.rip.of == "pairs" and pairing.split == "share" and pairing.sft_share == 1:
+        return "with sft_share 1 there are no pairs. Select prompts by `of: prompts`"
+    return ""
+
+
+def _has_sft(pairing: Pairing) -> bool:
+    return pairing.rule == "as_is" or pairing.split == "availability" or pairing.sft_share > 0
+
+
+def _sft_rows(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
+    rows, sources = pairing.sft_rows, [source.name for source in recipe.sources]
+    if rows.model_fields_set and not rows.selects:
+        yield Problem(at, "it selects nothing: give `least`, `top`, or `rising: true`")
+    if rows.needs_score and pairing.score is None and pairing.rule == "as_is":
+        yield Problem(at, f"rows are selected by {rows.by}: name the scorer as `score` of the pairs")
+    if (rows.by == "difficulty") != (rows.student is not None):
+        text = "`by: difficulty` and `student: SOURCE` need each other: the source whose answers are compared"
+        yield Problem(at, text)
+    if rows.student is not None and rows.student not in sources:
+        yield Problem((*at, "student"), not_named(rows.student, sources, "source"))
+    elif rows.student is not None and len(sources) < 2:
+        yield Problem((*at, "student"), "the student is the only source: nobody is left to teach it")
+    base = recipe.pairs.sft_rows
+    if (base.rising or rows.rising) and (base.rising, base.by) != (rows.rising, rows.by):
+        text = "`rising` orders the rows of all domains together: say it in `pairs.sft_rows`, with one `by` for all"
+        yield Problem(at, text)
+    readers = [each for name, each in recipe.train.stages.items() if name in ("sft", "fuse")]
+    if rows.rising and readers and not any(reader.in_order for reader in readers):
+        text = "no training reads rows in their order: give `train.sft` or `train.fuse` `in_order: true`"
+        yield Problem((*at, "rising"), text)
