@@ -82,7 +82,7 @@ def refused_parameter(complaint: bytes, sent: Mapping[str, Any]) -> str | None:
 
     A limit on tokens counts only where the server names the other one: mostly it is too large for one prompt.
     """
-    names = [name for name in sent if name not in ("model", "messages")]
+    names = [name for name in sent if name not in ("model", "messages", "prompt")]
     text = complaint.decode(errors="replace")
     found = _named(_parsed(text), names) or _worded(text, names)
     if found in LIMITS:

@@ -81,6 +81,18 @@ def test_a_server_goes_on_with_the_text(tmp_path: Path) -> None:
         assert code == 2 and "urial.txt" in error
 
 
+def test_a_prompt_that_is_refused_is_no_parameter_to_leave_out(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", [{"id": "p", "prompt": "Why?"}])
+    (tmp_path / "urial.txt").write_text(EXAMPLES)
+    with fake_server(Fake(refuses=lambda body: "a prompt of this length is not supported")) as fake:
+        model = {"name": "base", "model": "org/base", "server": fake.url, "in_context": "urial.txt"}
+        (tmp_path / "recipe.yml").write_text(
+            yaml.safe_dump({"models": [model], "layers": [{"step": "generate", "model": "base"}]})
+        )
+        code, _, error = answer(tmp_path / "recipe.yml")
+        assert code == 1 and "a prompt of this length is not supported" in error and len(fake.bodies) == 1
+
+
 def test_a_model_in_this_process_reads_the_text(tmp_path: Path) -> None:
     number = random.randrange(1000)
     print(f"number {number}")

@@ -124,7 +124,7 @@ def prepare(
     prompts: Sequence[Path], recipe: Path, output: Path, *, limit: int | None = None, rows: bool = False
 ) -> Prepared:
     """Check everything that needs no model. Raises UsageError with every problem, or RecipeError with the recipe's."""
-    loaded, asked = load(recipe), load_prompts(Prompts(path=path, keep="all") for path in prompts)
+    loaded, asked = load(recipe), load_prompts(Prompts(path=path) for path in prompts)
     tasks = tuple(
         Task(prompt, index, seed_of(loaded.seed, prompt.id, index))
         for prompt in asked.prompts[:limit]
