@@ -55,7 +55,7 @@ def parse(content: str, source: str, folder: Path) -> Recipe:
     target_source = data.get("target_source")
     if isinstance(target_source, dict):  # users leave its name and model out
         data["target_source"] = {"name": TARGET, "model": TARGET, **target_source}
-    if isinstance(data.get("rounds"), int):
+    if isinstance(data.get("rounds"), int | float):
         data["rounds"] = {"number": data["rounds"]}
     try:
         # From JSON, as strict validation of Python objects takes no list for a tuple and no text for a path.
