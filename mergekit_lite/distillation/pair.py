@@ -43,7 +43,7 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
     """
     folder, inventory = Folder(recipe.folder), Inventory()
     if recipe.rows is not None:
-        table = PairingTable({}, roles=import_rows(folder, recipe.rows, reporter))
+        table = PairingTable({}, roles=import_rows(folder, recipe.rows, reporter, _reads_own(recipe)))
         unknown_domains(recipe, (prompt.domain for prompt in stored(folder)))
         table.write(folder.root / "pairs" / "table.json")
         table.show(reporter)
@@ -183,16 +183,21 @@ def _write_waiting(folder: Folder, waiting: Sequence[Prompt]) -> None:
         path.unlink(missing_ok=True)  # left by another recipe
 
 
+def _reads_own(recipe: Recipe) -> bool:
+    """Whether the recipe's objective reads the target's own answer to each prompt."""
+    if recipe.train.preference is None:
+        return False
+    from mergekit_lite.distillation.objectives.preference import OBJECTIVES  # loads torch
+
+    objective = OBJECTIVES.get(recipe.train.preference.objective)
+    return objective is not None and objective.own
+
+
 def _own_answers(
     recipe: Recipe, answers: Mapping[str, Answers], assigned: Mapping[str, Assignment]
 ) -> dict[str, Candidate]:
     """Return the target's first whole answer to each prompt with a pair, where the objective reads it."""
-    if recipe.train.preference is None:
-        return {}
-    from mergekit_lite.distillation.objectives.preference import OBJECTIVES  # loads torch
-
-    objective = OBJECTIVES.get(recipe.train.preference.objective)
-    if objective is None or not objective.own:
+    if not _reads_own(recipe):
         return {}
     paired = [prompt for prompt, assignment in assigned.items() if isinstance(assignment, PreferencePair)]
     first = {prompt: next((each for each in answers[prompt].target if each.whole), None) for prompt in paired}

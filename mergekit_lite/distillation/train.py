@@ -137,20 +137,27 @@ def check(recipe: Recipe) -> None:
                 problems.append(f"train.{name}: eval_steps has no effect without eval")
     if recipe.train.sft is not None and recipe.train.sft.noise and recipe.train.sft.unlikelihood:
         problems.append("train.sft: unlikelihood compares two contexts, and noise would differ in them: give one")
-    if recipe.train.preference is not None:
-        found = objective_of(recipe.train.preference, problems)
-        if found is not None and found[0].own and not _answers_itself(recipe):
-            text = "needs the target's own answers, and no pairs are made of them"
-            problems.append(f"train.preference: {found[0].name} {text}: say `answers: target` in pairs, or `all`")
+    problems += unfit_preferences(recipe)
     problems += unfit_distances(recipe)
     if problems:
         raise UsageError(listing(f"{counted(len(problems), 'problem')} in the recipe's train", problems))
 
 
-def _answers_itself(recipe: Recipe) -> bool:
-    """Whether preference rows have the target's own answers: pairs are made of them, or the rows are given."""
-    pairings = (recipe.pairs.of(domain) for domain in ("", *recipe.pairs.domains))
-    return recipe.rows is not None or any(pairing.needs_target for pairing in pairings)
+def unfit_preferences(recipe: Recipe) -> list[str]:
+    """Return messages about the objective of preferences, and what it needs that this recipe doesn't give it."""
+    training = recipe.train.preference
+    if training is None:
+        return []
+    problems: list[str] = []
+    found = objective_of(training, problems)
+    pairings = [recipe.pairs.of(domain) for domain in ("", *recipe.pairs.domains)]
+    if found is not None and found[0].own and recipe.rows is None and not any(each.needs_target for each in pairings):
+        text = "needs the target's own answers, and no pairs are made of them"
+        problems.append(f"train.preference: {found[0].name} {text}: say `answers: target` in pairs, or `all`")
+    other = training.reference
+    if other is not None and not has_vocabulary_of(tokenizer_of(recipe.target), tokenizer_of(other)):
+        problems.append(f"train.preference.reference: {other} has other tokens than {recipe.target}")
+    return problems
 
 
 def unfit_distances(recipe: Recipe) -> list[str]:

@@ -15,7 +15,7 @@ from mergekit_lite.distillation.objectives.preference import gap_of
 from mergekit_lite.distillation.training.mixing import Mixture, mixed_log_probs
 from mergekit_lite.distillation.training.model import tokenizer_of
 from mergekit_lite.distillation.training.rows import preference_rows
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import CheckpointError, UsageError
 from tests.causal import causal_model
 from tests.distill.training import figures, log, same, target, trained, weights, write_rows
 
@@ -145,16 +145,21 @@ def test_the_start_by_its_name_is_the_default_reference(folder):
     """In the first round both are the same: inpo is then what it is without `reference`."""
     made = []
     for extra in ({}, {"reference": str(folder / "target")}):
-        trained(folder, preference={"objective": "inpo", **extra})
+        told = trained(folder, preference={"objective": "inpo", **extra}).lines
+        assert any("inpo has one reference" in line for line in told) == (not extra)
         made.append(figures(folder / "train" / "preference"))
         (folder / "train" / "preference").rename(folder / f"before-{len(made)}")
     for one, other in zip(*made, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
-def test_references_that_can_not_be_used(folder, tmp_path):
+def test_what_can_not_be_used_is_told_before_anything_is_trained(folder, tmp_path):
     with pytest.raises(UsageError, match="reference has no effect: simpo has no reference"):
-        trained(folder, preference={"objective": "simpo", "reference": "x"})
+        trained(folder, preference={"objective": "simpo", "reference": str(folder / "target")})
+    with pytest.raises(UsageError, match="selm needs the target's own answers, and no pairs are made of them"):
+        trained(folder, preference={"objective": "selm"}, pairs={"rule": "best_worst", "score": "any"})
+    with pytest.raises(CheckpointError, match=r"Can't load the model .*nowhere"):
+        trained(folder, sft={}, preference={"objective": "dpo", "reference": str(folder / "nowhere")})
     from tests.tokenizers import tokenizer
 
     other = target(tmp_path / "other")
@@ -162,7 +167,8 @@ def test_references_that_can_not_be_used(folder, tmp_path):
     strange.add_tokens(["strange"])
     strange.save_pretrained(other)
     with pytest.raises(UsageError, match=r"reference: .*other has other tokens than "):
-        trained(folder, preference={"objective": "dpo", "reference": str(other)})
+        trained(folder, sft={}, preference={"objective": "dpo", "reference": str(other)})
+    assert not (folder / "train").exists()
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0, 1.7])
@@ -213,7 +219,7 @@ def test_spa_goes_on_with_its_window(folder, monkeypatch):
 
     told: list[float] = []
     monkeypatch.setattr(preference_trainer, "gap_of", lambda *given: told.append(gap_of(*given)) or told[-1])
-    preference = SPA | {"epochs": 3, "save_steps": 2}
+    preference = SPA | {"epochs": 2, "save_steps": 2}
     trained(folder, preference=preference)
     whole, gaps = (weights(folder / "train" / "preference"), losses(folder)), list(told)
     (folder / "train" / "preference").rename(folder / "whole")

@@ -67,7 +67,7 @@ class Example:
 
     @property
     def all(self) -> tuple[Given, ...]:
-        """All answers."""
+        """All answers, but for the model's own."""
         return (*self.chosen, *self.rejected, *self.answers)
 
 

@@ -1,9 +1,9 @@
 """What an objective of preferences is: a function of log-probabilities and options, and its registration.
 
 A row is a prompt with C chosen responses and a rejected one. s(y) is the log-probability of a response under the model
-that is trained, summed over its tokens; s_ref(y) is the same under the reference, the model that training started from;
-n(y) is the number of its tokens, with the end of the turn. In rounds of training, s_t(y) is the same under the model
-that the round started from, where the reference is an earlier one. Then
+that is trained, summed over its tokens; s_ref(y) is the same under the reference, the model that training started from
+or the one that the recipe names; s_t(y) is the same under the model that training started from in any case, a round's
+where there are rounds; n(y) is the number of its tokens, with the end of the turn. Then
 
     ρ(y) = s(y) − s_ref(y)      ρ̄ = ρ / n      ā = s / n      softplus(x) = log(1 + eˣ) = −log σ(−x)
 

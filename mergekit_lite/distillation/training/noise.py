@@ -45,7 +45,7 @@ def noisy(model: Any, batch: Batch | Packed, noise: Noise) -> Iterator[None]:
     inverse, rows = inverse_lengths(batch), 0 if isinstance(batch, Batch) else 1
 
     def add(_layer: Any, _inputs: Any, output: Tensor) -> Tensor:
-        return output + drawn(output.detach(), inverse, noise, rows)
+        return output + drawn(output, inverse, noise, rows)
 
     handle = model.get_input_embeddings().register_forward_hook(add)
     try:

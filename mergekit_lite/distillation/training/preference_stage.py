@@ -16,7 +16,6 @@ from mergekit_lite.distillation.training.model import frozen_model, tokenizer_of
 from mergekit_lite.distillation.training.reference import filled, filled_by
 from mergekit_lite.distillation.training.rows import TokenRows, TrainingRow, preference_rows
 from mergekit_lite.distillation.training.stage import TrainingStage
-from mergekit_lite.distillation.training.vocabularies import has_vocabulary_of
 from mergekit_lite.distillation.training.workspace import identity
 from mergekit_lite.errors import UsageError, listing, nearest
 
@@ -58,13 +57,10 @@ class PreferenceStage(TrainingStage):
         """Return the rows as tokens.
 
         Raises:
-            UsageError: there is none, or the objective can't take them, or the reference has other tokens.
+            UsageError: there is none, or the objective can't take them.
         """
-        tokenizer, (objective, _) = tokenizer_of(self.start), self._objective
-        other = self.training.reference
-        if other is not None and not has_vocabulary_of(tokenizer, tokenizer_of(other)):
-            raise UsageError(f"train.preference.reference: {other} has other tokens than {self.start}.")
-        data = preference_rows(self.rows_path, ChatTemplate(tokenizer), self.limits, objective.own)
+        objective, _ = self._objective
+        data = preference_rows(self.rows_path, ChatTemplate(tokenizer_of(self.start)), self.limits, objective.own)
         wrong = [row for row in data.rows if row.roles[-2] != "target" or "target" in row.roles[:-2]]
         if objective.fuses and (wrong or len(data.rows[0].roles) < 3):
             roles = ", ".join((wrong or data.rows)[0].roles[:-1])
@@ -80,6 +76,9 @@ class PreferenceStage(TrainingStage):
         if other is not None:
             folder = self.workspace.root / "reference"
             self._references = filled_by(other, self.training, rows, size, folder, reporter)
+        elif self._objective[0].rounds:
+            what = f"{self.name}: {self.training.objective} has one reference, the model that it starts from"
+            reporter.line(f"{what}: right in a first round; in later ones name the first model as `reference`")
 
     def new_trainer(self, args: TrainingArguments, rows: OrderedRows) -> ResponseTrainer:
         """Load the model, and return what trains it on rows in their order."""
