@@ -188,7 +188,7 @@ def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool | str | Non
 
 
 def _at_work(path: Path, reporter: TerminalReporter) -> Recipe:
-    """Return the recipe in a file, or with rounds that of the round at work, which the first process of a launch tells."""
+    """Return the recipe in a file, or that of the round at work, which the first process of a launch tells."""
     from mergekit_lite.distillation.recipe.loading import load
     from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.rounds import current

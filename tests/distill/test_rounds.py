@@ -401,6 +401,8 @@ WRONG = [
     ("{number: 3, reference: first, replay: [0.3, 0.15], momentum: 0.3}", "three", "3:9: 'rounds' is the text 'three'"),
     ("reference: first", "reference: frist", "Did you mean 'first'?"),
     ("0.3, 0.15", "0.3, 30", "expected less than or equal to 1"),
+    ("train:\n", "report: {servers: {rond-2: x}}\ntrain:\n", "no model is named 'rond-2'. Did you mean 'round-2'?"),
+    ("train:\n", "report: {servers: {sft: x}}\ntrain:\n", "There are: untrained, round-1, round-2, round-3"),
     ("momentum: 0.3", "momentum: -0.3", "expected greater than or equal to 0"),
     ("objective: dpo", "objective: simpo", "3:32: 'reference' has no effect here: simpo has none"),
     ("objective: dpo", "objective: dpo, reference: org/x", "3:32: 'train.preference' names a 'reference' already"),

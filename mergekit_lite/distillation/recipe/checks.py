@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from mergekit_lite.answers.aggregating.recipe import wrong_aggregate
 from mergekit_lite.answers.asked_model import wrong_model
-from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, one_origin, wrong_sampling
+from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, not_named, one_origin, wrong_sampling
 from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
 from mergekit_lite.distillation.recipe.fusing import fusing_problems
 from mergekit_lite.distillation.recipe.rounds import rounds_problems
@@ -109,6 +109,11 @@ def _report(recipe: Recipe) -> Iterator[Problem]:
     yield from wrong_sampling(("report", "sampling"), recipe.report.sampling)
     for number, prompts in enumerate(recipe.report.prompts):
         yield from one_origin(("report", "prompts", number), prompts)
+    rounds = recipe.rounds and [f"round-{number}" for number in range(1, recipe.rounds.number + 1)]
+    models = ["untrained", *(rounds or Train.model_fields)]
+    for name in recipe.report.servers:
+        if name not in models:
+            yield Problem(("report", "servers", name), not_named(name, models, "model"))
     kinds = {scorer.name: scorer.kind for scorer in recipe.scorers}
     for number, name in enumerate(recipe.report.scores or ()):
         if name not in kinds:

@@ -38,7 +38,7 @@ def _completed(data: dict[str, Any]) -> None:
     """Put in what users leave out: of ``target_source``, ``rounds`` that are a number, and the layers of aggregates."""
     if isinstance(own := data.get("target_source"), dict):
         data["target_source"] = {"name": TARGET, "model": TARGET, **own}
-    if isinstance(data.get("rounds"), int):
+    if isinstance(data.get("rounds"), int | float):
         data["rounds"] = {"number": data["rounds"]}
     sources = data.get("sources")
     for source in (*(sources if isinstance(sources, list) else ()), data.get("target_source")):

@@ -23,9 +23,6 @@ TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "as_is"]
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
-ReportedModel = (
-    Literal["untrained", "sft", "fuse", "on_policy", "preference"] | Annotated[str, Field(pattern=r"^round-[1-9]\d*$")]
-)
 
 
 class Strict(BaseModel):
@@ -341,7 +338,7 @@ class ReportSettings(Strict):
     samples: Count = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
-    servers: dict[ReportedModel, str | tuple[str, ...]] = {}  # of each
+    servers: dict[str, str | tuple[str, ...]] = {}  # of untrained, sft, fuse, on_policy, preference, or of round-1 …
     examples: Count = 4  # prompts whose answers are shown side by side
 
 
