@@ -162,15 +162,16 @@ def plan_run_extrapolation(
     seed: int = 0,
     shard_size: int | None = None,
     copy_code: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
-    """Plan the extrapolation of a training run; see ``extrapolate_run`` for the arguments and errors."""
+    """Plan the extrapolation of a training run; see ``extrapolate_run`` for the arguments and errors.
+
+    ``opened`` are models that are open already, by reference.
+    """
     targets = [_number(value, "to_step") for value in (to_step if isinstance(to_step, Sequence) else [to_step])]
     if not targets:
         raise UsageError("No to_step was given.")
-    models = checkpoints_of(str(checkpoints)) if isinstance(checkpoints, str | Path) else list(map(str, checkpoints))
-    at = [_number(value, "steps") for value in steps or steps_of(models)]
-    if len(at) != len(models):
-        raise UsageError(f"Expected a step for each of the {len(models)} checkpoints, got {len(at)}.")
+    models, at = run_of(checkpoints, steps)
     sources = (Source(model, parameters={"step": (Rule((step,)),)}) for model, step in zip(models, at, strict=True))
     recipe = Recipe(
         "relex",
@@ -184,7 +185,50 @@ def plan_run_extrapolation(
         seed=seed,
     )
     paths = named_outputs(str(output), targets, "step")
-    return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, strict=True)
+    return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, opened=opened, strict=True)
+
+
+@named_options
+def plan_checkpoint(
+    base: str,
+    checkpoint: str,
+    output: str | Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    out_dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    shard_size: int | None = None,
+    copy_code: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
+) -> Plan:
+    """Plan a checkpoint of a run as it is, in the form of the run's extrapolations; the arguments are theirs.
+
+    All its weights are its own: ``include`` and ``exclude`` choose what is extrapolated, and nothing is.
+    """
+    recipe = Recipe(
+        "wise_ft",
+        (Slice((Source(checkpoint), Source(base)), base=1),),
+        base_model=base,
+        outputs=({"alpha": (Rule((1.0,)),)},),
+        out_dtype=dtypes.output_named(out_dtype) if out_dtype else None,
+        rounding=rounding,
+        seed=seed,
+    )
+    paths = [output_path(str(output))]
+    return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, opened=opened, strict=True)
+
+
+def run_of(
+    checkpoints: str | Path | Sequence[str | Path], steps: Sequence[float] = ()
+) -> tuple[list[str], list[float]]:
+    """Return a run's checkpoints and their steps; see ``extrapolate_run`` for the arguments. Raises UsageError."""
+    models = checkpoints_of(str(checkpoints)) if isinstance(checkpoints, str | Path) else list(map(str, checkpoints))
+    at = [_number(value, "steps") for value in steps or steps_of(models)]
+    if len(at) != len(models):
+        raise UsageError(f"Expected a step for each of the {len(models)} checkpoints, got {len(at)}.")
+    return models, at
 
 
 @named_options

@@ -17,7 +17,7 @@ import xxhash
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
 from mergekit_lite.answers.serving import serve_words
-from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily
+from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily, RunFamily
 from mergekit_lite.boosting.candidates.tunable import Tunable, parse
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
@@ -25,9 +25,10 @@ from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
 from mergekit_lite.boosting.search.choice import Searcher
 from mergekit_lite.boosting.search.guards import limits
 from mergekit_lite.boosting.search.looks import portion
-from mergekit_lite.boosting.search.optuna_search import SAMPLERS, optuna_search
+from mergekit_lite.boosting.search.optuna_search import SAMPLERS
 from mergekit_lite.boosting.search.point import Settings
-from mergekit_lite.boosting.search.search import MOST, START, bracket, grid
+from mergekit_lite.boosting.search.search import MOST, START
+from mergekit_lite.boosting.searchers import can_bracket, searcher_of
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, listing, nearest
 from mergekit_lite.pages import drawing
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 SEARCHES = ("bracket", "grid", *SAMPLERS)
 ALPHA = f"alpha=0:{MOST:g}"
-GRID = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the paper, for finished models
-GRID_POINTS = 5  # of other parameters
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=512)  # the first two as ExPO's authors have them
 T = TypeVar("T")
 
@@ -52,6 +51,9 @@ class Request:
     sft: str | None = None
     aligned: str | None = None
     recipe: Path | None = None
+    base: str | None = None
+    checkpoints: tuple[str, ...] = ()
+    steps: tuple[float, ...] = ()
     tune: tuple[str, ...] = ()
     prompts: tuple[Path, ...] = ()
     pairs: Path | None = None
@@ -130,6 +132,8 @@ class Prepared:
         }
         if isinstance(self.family, RecipeFamily):
             family["recipe"] = self.family.tuning.text(self.family.baseline)
+        if isinstance(self.family, RunFamily):
+            family["steps"] = self.family.steps
         data = [*map(as_row, self.prompts), *map(repr, self.pairs.values()), *self.texts.values()]
         scored = [score._replace(scorer=None)._asdict() for score in self.scores]
         settings = [score.scorer.model_dump(mode="json") for score in self.scores if score.scorer is not None]
@@ -192,8 +196,8 @@ def prepare(request: Request) -> Prepared:
         batch=together // math.gcd(together, request.samples),
         stop_early=request.stop_early,
     )
-    search = request.search or ("bracket" if _can_bracket(family) else "tpe")
-    searcher = _searcher(request, search, family, settings)
+    search = request.search or ("bracket" if can_bracket(family) else "tpe")
+    searcher = searcher_of(request, search, family, settings)
     return Prepared(
         request,
         family,
@@ -270,10 +274,15 @@ def _try(problems: list[str], make: Callable[[], T]) -> T | None:
 
 def _tunables(request: Request) -> tuple[Tunable, ...]:
     pair = request.sft is not None and request.aligned is not None
-    if pair == (request.recipe is not None):
-        raise UsageError("Name SFT and ALIGNED, or a --recipe: exactly one of the two.")
+    run = request.base is not None and bool(request.checkpoints)
+    if pair + run + (request.recipe is not None) != 1:
+        raise UsageError("Name SFT and ALIGNED, or BASE and the checkpoints of a run, or a --recipe: exactly one.")
     if request.recipe is not None and not request.tune:
         raise UsageError("Which numbers of the recipe? For instance --tune parameters.weight=0:1.5.")
+    if run and not request.tune:
+        raise UsageError("How far may a run go on? For instance --tune to_step=75:1000.")
+    if request.steps and not run:
+        raise UsageError("--steps are those of a run's checkpoints: give --tune to_step=LOW:HIGH.")
     return parse(request.tune or (ALPHA,))
 
 
@@ -291,7 +300,7 @@ def _missing(request: Request, scores: Sequence[ScoreSpec]) -> list[str]:
         problems.append("--score pairs needs --pairs FILE.")
     if scores and PAIRS not in kinds and request.pairs is not None:
         problems.append("--pairs are there, but nothing that scores them: give --score pairs.")
-    if LOG_RATIO in kinds and (request.recipe is not None or request.serve_command is not None):
+    if LOG_RATIO in kinds and (request.sft is None or request.serve_command is not None):
         problems.append("--score log_ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
     if request.servers > 1 and request.serve_command is None:
         problems.append("--servers is the number of servers that --serve-command starts: give one.")
@@ -316,6 +325,8 @@ def _family(request: Request, tunables: Sequence[Tunable]) -> Family:
         if unused:
             raise UsageError(f"{', '.join(unused)}: a recipe says that itself.")
         return RecipeFamily(request.recipe, tunables)
+    if request.base is not None:
+        return RunFamily(request.base, request.checkpoints, request.steps, tunables, request.options)
     assert request.sft is not None and request.aligned is not None
     return PairFamily(request.sft, request.aligned, tunables, request.options)
 
@@ -340,48 +351,3 @@ def _check_plans(family: Family) -> list[str]:
     if problems:
         raise PlanError(list(problems))
     return list(notes)
-
-
-def _can_bracket(family: Family) -> bool:
-    return isinstance(family, PairFamily) and len(family.ranges) == 1
-
-
-def _searcher(request: Request, kind: str, family: Family, settings: Settings) -> Searcher:
-    """Return what begins the search. Raises UsageError where it doesn't fit the tuned parameters."""
-    if kind == "bracket":
-        if not _can_bracket(family):
-            raise UsageError("The bracket searches one alpha of a pair. For other numbers take grid, tpe or cmaes.")
-        ((name, of),) = family.ranges.items()
-        start, step, last = min(request.start, of.high), request.step, request.final_step
-        return lambda same: bracket(name, start=start, step=step, final_step=last, most=of.high, same=same)
-    if kind == "grid":
-        values = _grid(request.grid, family)
-        return lambda same: grid(values)
-    storage = request.storage or f"sqlite:///{(request.folder / 'study.db').absolute()}"
-    return lambda same: optuna_search(
-        family.ranges,
-        settings,
-        storage=storage,
-        sampler=kind,
-        trials=request.trials,
-        seed=request.seed,
-        at_once=request.at_once,
-    )
-
-
-def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, Sequence[float]]:
-    unknown = [name for name in given if name not in family.ranges]
-    if unknown:
-        raise UsageError(f"--grid {unknown[0]}: is not tuned.{nearest(unknown[0], family.ranges)}")
-    values: dict[str, Sequence[float]] = {}
-    for name, of in family.ranges.items():
-        width = (of.high - of.low) / (GRID_POINTS - 1)
-        even = [float(f"{of.low + width * number:.6g}") for number in range(GRID_POINTS)]
-        usual = GRID if name == "alpha" and isinstance(family, PairFamily) else even
-        values[name] = given.get(name, usual)
-        outside = [value for value in values[name] if not of.low <= value <= of.high]
-        if outside:
-            raise UsageError(f"--grid {name}: {outside[0]:g} is outside of its range {of.low:g}:{of.high:g}.")
-    if math.prod(map(len, values.values())) > 1000:
-        raise UsageError("The grid has more than 1,000 candidates: give fewer values, or take --search tpe.")
-    return values

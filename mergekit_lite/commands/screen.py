@@ -155,7 +155,7 @@ class Screen:
                 self._explained(report)
                 self._coefficients(report)
             self.warn(_advice(report))
-            self.warn(_no_line(report))
+            self.warn(no_line(report))
         if not self.quiet:
             if not is_single_file(plan.outputs[0]):
                 not_copied = companions(plan)[1]
@@ -320,7 +320,8 @@ def _is_far(report: Report) -> bool:
     return abs(report.effective - report.asked) > FAR * abs(report.asked)
 
 
-def _no_line(report: Report) -> str | None:
+def no_line(report: Report) -> str | None:
+    """Return a warning where a run's checkpoints lie along no line; None where they do, or none was followed."""
     if report.explained is None or report.explained.is_enough:
         return None
     return (

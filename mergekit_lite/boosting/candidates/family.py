@@ -11,10 +11,17 @@ from typing import Any, Protocol
 
 from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.ranges import Range
-from mergekit_lite.boosting.candidates.tunable import RecipeTuning, Tunable, alphas_of, check_pair_tunables
+from mergekit_lite.boosting.candidates.tunable import (
+    TO_STEP,
+    RecipeTuning,
+    Tunable,
+    alphas_of,
+    check_pair_tunables,
+    check_run_tunables,
+)
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
-from mergekit_lite.extrapolation import plan_extrapolation
+from mergekit_lite.extrapolation import plan_checkpoint, plan_extrapolation, plan_run_extrapolation
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import lasting_text, parse, text_of
 
@@ -59,6 +66,52 @@ class PairFamily:
         """Plan as ``extrapolate`` does for these alphas."""
         alphas = alphas_of(self.tunables, params)
         return plan_extrapolation(self.sft, self.aligned, output, opened=self.opened, **self.given, **alphas)
+
+
+class RunFamily:
+    """A training run, followed to later steps. The baseline is its last checkpoint as it is, at the step it has.
+
+    So a candidate at that very step, the line without the run's noise, is none of the family.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        checkpoints: Sequence[str],
+        steps: Sequence[float],
+        tunables: Sequence[Tunable],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Open the checkpoints, whose steps are given; ``options`` are those of ``plan_run_extrapolation``.
+
+        Raises:
+            UsageError: something else than ``to_step`` is tuned.
+        """
+        check_run_tunables(tunables)
+        self.base = base
+        self.checkpoints, self.steps = list(checkpoints), list(steps)
+        self.given = dict(options)
+        self.opened: Mapping[str, Checkpoint] = {
+            reference: open_checkpoint(reference) for reference in (base, *self.checkpoints)
+        }
+        self.ranges: Mapping[str, Range] = {each.text: each.range for each in tunables}
+        self.last = max(self.steps)
+        self.baseline: Params = {TO_STEP: self.last}
+
+    def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
+        """Plan as ``extrapolate`` does for this step; at the last checkpoint's that one itself, to the bit."""
+        if params == self.baseline:
+            last = self.checkpoints[self.steps.index(self.last)]
+            return plan_checkpoint(self.base, last, output, opened=self.opened, **self.given)
+        return plan_run_extrapolation(
+            self.base,
+            self.checkpoints,
+            output,
+            params[TO_STEP],
+            steps=self.steps,
+            opened=self.opened,
+            **self.given,
+        )
 
 
 class RecipeFamily:
