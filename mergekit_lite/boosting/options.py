@@ -10,8 +10,8 @@ from typing import Any, Literal, TypedDict
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.boosting.request import SAMPLING, Request
 from mergekit_lite.errors import UsageError
-from mergekit_lite.extrapolation import run_of
 from mergekit_lite.options import NewRows, Rounding, Width
+from mergekit_lite.training_runs import run_of
 
 RANGES = {
     **dict.fromkeys(
