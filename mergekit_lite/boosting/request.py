@@ -17,7 +17,14 @@ import xxhash
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
 from mergekit_lite.answers.serving import serve_words
-from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily, RunFamily
+from mergekit_lite.boosting.candidates.family import (
+    Family,
+    PairFamily,
+    RecipeFamily,
+    RunFamily,
+    can_bracket,
+    check_plans,
+)
 from mergekit_lite.boosting.candidates.tunable import Tunable, parse
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
@@ -25,11 +32,10 @@ from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
 from mergekit_lite.boosting.search.choice import Searcher
 from mergekit_lite.boosting.search.guards import limits
 from mergekit_lite.boosting.search.looks import portion
-from mergekit_lite.boosting.search.optuna_search import SAMPLERS
+from mergekit_lite.boosting.search.optuna_search import SAMPLERS, optuna_search
 from mergekit_lite.boosting.search.point import Settings
-from mergekit_lite.boosting.search.search import MOST, START
-from mergekit_lite.boosting.searchers import can_bracket, searcher_of
-from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, listing, nearest
+from mergekit_lite.boosting.search.search import MOST, START, bracket, grid
+from mergekit_lite.errors import UsageError, listing, nearest
 from mergekit_lite.pages import drawing
 
 if TYPE_CHECKING:
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
 
 SEARCHES = ("bracket", "grid", *SAMPLERS)
 ALPHA = f"alpha=0:{MOST:g}"
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the paper, for finished models
+GRID_POINTS = 5  # of other parameters
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=512)  # the first two as ExPO's authors have them
 T = TypeVar("T")
 
@@ -183,7 +191,7 @@ def prepare(request: Request) -> Prepared:
     family = _family(request, tunables)
     notes = [f"left out: {text}" for text in prompts.problems]
     notes += [f"{prompts.repeated:,} prompts were there before and are asked once"] * bool(prompts.repeated)
-    notes += _check_plans(family)
+    notes += check_plans(family)
     _check_memory(request, family, devices)
     asked = tuple(prompts.prompts[: request.limit])
     together = portion(len(asked) * request.samples, request.batch_size)
@@ -197,7 +205,7 @@ def prepare(request: Request) -> Prepared:
         stop_early=request.stop_early,
     )
     search = request.search or ("bracket" if can_bracket(family) else "tpe")
-    searcher = searcher_of(request, search, family, settings)
+    searcher = _searcher(request, search, family, settings)
     return Prepared(
         request,
         family,
@@ -331,23 +339,51 @@ def _family(request: Request, tunables: Sequence[Tunable]) -> Family:
     return PairFamily(request.sft, request.aligned, tunables, request.options)
 
 
-def _check_plans(family: Family) -> list[str]:
-    """Plan the baseline and both ends of all ranges, so that no candidate between is refused half-way; return notes."""
-    ends = ({name: getattr(of, end) for name, of in family.ranges.items()} for end in ("low", "high"))
-    notes: dict[str, None] = {}
-    problems: dict[str, None] = {}
-    for params in (family.baseline, *ends):
-        try:
-            plan = family.plan(params)
-            notes |= dict.fromkeys(plan.notes)
-            if any(job.scales for job in plan.jobs):
-                problems["candidates are not measured in fp8: make the chosen one again with extrapolate or merge"] = (
-                    None
-                )
-        except PlanError as error:
-            problems |= dict.fromkeys(error.problems)
-        except MergekitLiteError as error:
-            problems[str(error)] = None
-    if problems:
-        raise PlanError(list(problems))
-    return list(notes)
+def _searcher(request: Request, kind: str, family: Family, settings: Settings) -> Searcher:
+    """Return what begins the search. Raises UsageError where it doesn't fit the tuned parameters."""
+    if kind == "bracket":
+        if not can_bracket(family):
+            raise UsageError("The bracket searches a pair's alpha or a run's to_step. For others: grid, tpe or cmaes.")
+        return _bracket(request, family)
+    if kind == "grid":
+        values = _grid(request.grid, family)
+        return lambda same: grid(values)
+    storage = request.storage or f"sqlite:///{(request.folder / 'study.db').absolute()}"
+    return lambda same: optuna_search(
+        family.ranges,
+        settings,
+        storage=storage,
+        sampler=kind,
+        trials=request.trials,
+        seed=request.seed,
+        at_once=request.at_once,
+    )
+
+
+def _bracket(request: Request, family: Family) -> Searcher:
+    """Return the bracket. A step (1 + alpha)·last of a run is as far on its line as alpha is on a pair's."""
+    ((name, of),) = family.ranges.items()
+    origin, unit = (family.last, family.last) if isinstance(family, RunFamily) else (0.0, 1.0)
+    most = (of.high - origin) / unit
+    if most <= 0:
+        raise UsageError(f"--tune {name}: {of.high:g} is not beyond the baseline, {origin:g}.")
+    start, step, final = min(request.start, most), request.step, request.final_step
+    return lambda same: bracket(name, start, step, final, most, same, origin, unit)
+
+
+def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, Sequence[float]]:
+    unknown = [name for name in given if name not in family.ranges]
+    if unknown:
+        raise UsageError(f"--grid {unknown[0]}: is not tuned.{nearest(unknown[0], family.ranges)}")
+    values: dict[str, Sequence[float]] = {}
+    for name, of in family.ranges.items():
+        width = (of.high - of.low) / (GRID_POINTS - 1)
+        even = [float(f"{of.low + width * number:.6g}") for number in range(GRID_POINTS)]
+        usual = GRID if name == "alpha" and isinstance(family, PairFamily) else even
+        values[name] = given.get(name, usual)
+        outside = [value for value in values[name] if not of.low <= value <= of.high]
+        if outside:
+            raise UsageError(f"--grid {name}: {outside[0]:g} is outside of its range {of.low:g}:{of.high:g}.")
+    if math.prod(map(len, values.values())) > 1000:
+        raise UsageError("The grid has more than 1,000 candidates: give fewer values, or take --search tpe.")
+    return values

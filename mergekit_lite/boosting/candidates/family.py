@@ -21,6 +21,7 @@ from mergekit_lite.boosting.candidates.tunable import (
 )
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
+from mergekit_lite.errors import MergekitLiteError, PlanError
 from mergekit_lite.extrapolation import plan_checkpoint, plan_extrapolation, plan_run_extrapolation
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import lasting_text, parse, text_of
@@ -139,3 +140,33 @@ class RecipeFamily:
         text = self.tuning.text(params)
         numbers = ", ".join(f"{name}={number:g}" for name, number in params.items())
         return make_plan(parse(text, f"{self.path} with {numbers}"), [output], text=text, opened=self.opened)
+
+
+def can_bracket(family: Family) -> bool:
+    """Return whether one number is tuned, of a pair or a run, so that a bracket can be searched."""
+    return isinstance(family, PairFamily | RunFamily) and len(family.ranges) == 1
+
+
+def check_plans(family: Family) -> list[str]:
+    """Plan the baseline and both ends of all ranges, so that no candidate between is refused half-way; return notes.
+
+    Raises PlanError with all that is refused.
+    """
+    ends = ({name: getattr(of, end) for name, of in family.ranges.items()} for end in ("low", "high"))
+    notes: dict[str, None] = {}
+    problems: dict[str, None] = {}
+    for params in (family.baseline, *ends):
+        try:
+            plan = family.plan(params)
+            notes |= dict.fromkeys(plan.notes)
+            if any(job.scales for job in plan.jobs):
+                problems["candidates are not measured in fp8: make the chosen one again with extrapolate or merge"] = (
+                    None
+                )
+        except PlanError as error:
+            problems |= dict.fromkeys(error.problems)
+        except MergekitLiteError as error:
+            problems[str(error)] = None
+    if problems:
+        raise PlanError(list(problems))
+    return list(notes)
