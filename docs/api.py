@@ -24,7 +24,7 @@ SECTIONS = {
     "Looking at models": ("open_checkpoint", "inspect", "compare", "verify"),
     "Sharing": ("push",),
     "Mixtures of experts": ("build_moe", "upcycle", "split_experts", "prune_experts", "merge_experts"),
-    "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors", "combine_adapters"),
+    "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors", "combine_adapters", "reduce_intruders"),
     "Searching and teaching": ("boost", "BoostOptions", "preview", "distill"),
     "What functions take and return": (
         *("Plan", "Recipe", "Checkpoint", "Inspection", "Comparison", "Verification", "Extracted", "Boosted", "Pushed"),
