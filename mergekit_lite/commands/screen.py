@@ -24,7 +24,7 @@ from rich.text import Text
 
 from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
-from mergekit_lite.commands.prediction import headline, rows
+from mergekit_lite.commands.prediction import headline, not_predicted, rows
 from mergekit_lite.commands.units import size as size
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.fetching import fetches
@@ -96,6 +96,8 @@ class Screen:
             self.out.print(headline(prediction))
             self.out.print(table(("", ">in all", ">a node", ">rate", ">time"), rows(prediction)))
             self.out.print()
+        elif (why := not_predicted(plan)) is not None:
+            self.out.print(f"{why}\n")
         if self.verbose:
             jobs = [
                 (job.name, shape_text(job.shape), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs
