@@ -82,7 +82,7 @@ def close(got: Any, wanted: Any) -> None:
         if isinstance(other, list):
             close(one, other)
         else:
-            assert one is None if other is None else one == pytest.approx(other, rel=1e-5)
+            assert one is None if other is None else one == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
 def test_figures_are_those_of_the_weights(place: Path) -> None:
@@ -167,3 +167,19 @@ def test_what_is_no_run_is_refused(
     monkeypatch.chdir(place)
     ran = command(*arguments)
     assert ran.exit_code == 2 and said in ran.stderr, ran.stderr
+
+
+def test_many_checkpoints_have_the_figures_of_the_weights(tmp_path: Path) -> None:
+    """Of more than sixteen models pieces are shorter, and of more than eight products are of matrices."""
+    base = {"model.layers.0.mlp.up_proj.weight": torch.randn(700, 300)}
+    write_folder(tmp_path / "base", base)
+    states = [base]
+    for step in range(1, 21):
+        states.append({name: tensor + torch.randn(tensor.shape) * 1e-3 for name, tensor in states[-1].items()})
+        write_folder(tmp_path / f"run/step-{step}", states[-1])
+    comparison = compare(tmp_path / "base", tmp_path / "run", run=True, threads=2)
+    for name, wanted in naive([flat(one) for one in states]).items():
+        close(getattr(path_of(comparison), name), wanted)
+    signs = np.sign(np.stack([flat(one) - flat(base) for one in states[1:]]))
+    both = (np.abs(signs) @ np.abs(signs).T + signs @ signs.T) / 2 / (np.abs(signs) @ np.abs(signs).T)
+    np.testing.assert_allclose(np.array(comparison.overall.agree), both, rtol=1e-9)
