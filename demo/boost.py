@@ -1,6 +1,7 @@
 """``make demo-boost``: let ``mergekit-lite boost`` find the alpha for the pair that ``make demo`` trained.
 
-The questions are those that neither model was trained on, and the verifier is the demo's: is the last number right?
+Then it finds the step to which the run of that training is best followed, by its checkpoints (RELEX). The questions are
+those that neither model was trained on, and the verifier is the demo's: is the last number right?
 """
 
 import json
@@ -32,11 +33,11 @@ def write_questions(path: Path, seed: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def command(pair: Path, prompts: Path, output: Path) -> list[str]:
-    """Run the search over a pair by the command that a user would type."""
+def command(pair: Path, prompts: Path, output: Path, *run: str) -> list[str]:
+    """Return the search over a pair, or over its ``run``, as the command that a user would type."""
     from demo import task
 
-    words = [sys.executable, "-m", "mergekit_lite", "boost", str(pair / "sft"), str(pair / "dpo")]
+    words = [sys.executable, "-m", "mergekit_lite", "boost", str(pair / "sft"), *(run or [str(pair / "dpo")])]
     words += ["--prompts", str(prompts), "--score", "function:demo.boost:right,name=right"]
     words += ["--temperature", "1", "--top-p", "1", "--max-tokens", str(task.MAX_ANSWER_TOKENS)]
     return [*words, "--batch-size", str(BATCH), "--threads", "1", "-o", str(output)]
@@ -46,11 +47,16 @@ def command(pair: Path, prompts: Path, output: Path) -> list[str]:
 @click.option("--out", type=click.Path(path_type=Path), default="demo/out", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="That the pair was trained with.")
 def main(out: Path, seed: int) -> None:
-    """Ask the pair in OUT what it has not seen, and choose alpha by its answers."""
+    """Ask the pair in OUT what it has not seen, and choose alpha by its answers, then the step to follow its run to."""
+    from demo.training import DPO_STEPS
+
     prompts = out / "questions.jsonl"
     write_questions(prompts, seed)
     # A model this small gains nothing from a second thread, and gives the same numbers on any number of cores.
-    subprocess.run(command(out, prompts, out / "boosted"), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    of_run = [str(out / "run"), "--tune", f"to_step={DPO_STEPS}:{DPO_STEPS * 33}"]  # as far as alpha = 32
+    for name, run in (("boosted", []), ("boosted-run", of_run)):
+        subprocess.run(command(out, prompts, out / name, *run), check=True, env=environment)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 ALPHAS = (0.5, 1, 2, 4, 8, 16)
 CHOOSING, REPORTING = 1000, 1500  # questions that choose the alpha, and others that judge it
 PREFERENCE_QUESTIONS = 1600
+CHECKPOINT_EVERY = 5  # steps of DPO, for ``make demo-boost``, which also follows the run
 
 T = TypeVar("T")
 console = Console(highlight=False)
@@ -104,8 +106,12 @@ def align(asked: list[str], tokenizer: "PreTrainedTokenizerFast", sft: Path, dpo
         given = list(shown(training.answers(model, tokenizer, repeated, rng.randrange(2**32)), len(repeated)))
     pairs = training.preference_pairs(repeated, given)
     console.print(f"  {len(pairs)} questions have a right and a wrong answer")
+    agreement = []
     with stage(f"DPO: {training.DPO_STEPS} steps, stopped early"):
-        agreement = list(shown(training.prefer(model, tokenizer, pairs), training.DPO_STEPS))
+        for step, share in enumerate(shown(training.prefer(model, tokenizer, pairs), training.DPO_STEPS), 1):
+            agreement.append(share)
+            if step % CHECKPOINT_EVERY == 0:
+                save(deepcopy(model), tokenizer, dpo.with_name("run") / f"step-{step}")
     save(model, tokenizer, dpo)
     console.print(f"  {agreement[-1]:.0%} of the last batch's pairs lean to the right answer more than before")
     console.print(f"  {unmoved(sft, dpo):.0%} of the weights are the same in both models, to bfloat16's precision")

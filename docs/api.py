@@ -25,7 +25,7 @@ SECTIONS = {
     "Gathering what merges need": ("gather_statistics", "Gathered"),
     "Sharing": ("push",),
     "Mixtures of experts": ("build_moe", "upcycle", "split_experts", "prune_experts", "merge_experts"),
-    "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors", "combine_adapters"),
+    "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors", "combine_adapters", "reduce_intruders"),
     "Searching and teaching": ("boost", "BoostOptions", "preview", "answer", "distill"),
     "What functions take and return": (
         *("Plan", "Recipe", "Checkpoint", "Inspection", "Comparison", "Verification", "Extracted", "Boosted", "Pushed"),

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from mergekit_lite.vectors.combination import combine_vectors
     from mergekit_lite.vectors.extracted import Extracted
     from mergekit_lite.vectors.extraction import extract_vector
+    from mergekit_lite.vectors.intruders import reduce_intruders
     from mergekit_lite.verification import Verification, verify
 
 __all__ = [
@@ -65,8 +66,8 @@ __all__ = [
     "answer", "apply_vectors", "boost", "build_moe", "combine_adapters", "combine_vectors", "compare", "distill",
     "extract_vector", "extrapolate", "extrapolate_run", "gather_statistics", "inspect", "make_plan", "merge",
     "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge",
-    "plan_run_extrapolation", "preview", "prune_experts", "push", "run", "split_experts", "transplant", "upcycle",
-    "verify",
+    "plan_run_extrapolation", "preview", "prune_experts", "push", "reduce_intruders", "run", "split_experts", "transplant",
+    "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
@@ -98,6 +99,7 @@ _NAMES = {  # by the module that has them
     "vectors.combination": ("combine_vectors",),
     "vectors.extracted": ("Extracted",),
     "vectors.extraction": ("extract_vector",),
+    "vectors.intruders": ("reduce_intruders",),
     "verification": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

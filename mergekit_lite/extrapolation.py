@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +11,12 @@ from mergekit_lite.checkpoint.references import is_one_file, split_key
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.layout import OutputPath, output_path
-from mergekit_lite.options import NewRows, Rounding, Width, named_options
+from mergekit_lite.options import NewRows, Rounding, Width, finite_number, named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, Slice, Source
 from mergekit_lite.recipe.recipe import BASE, UNION, Vocabulary
 from mergekit_lite.recipe.rules import REGEX, Filter, Rule
-from mergekit_lite.training_runs import checkpoints_of, steps_of
+from mergekit_lite.training_runs import run_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,10 +48,10 @@ def plan_extrapolation(
 
     ``opened`` are models that are open already, by reference.
     """
-    alphas = [_number(value) for value in (alpha if isinstance(alpha, Sequence) else [alpha])]
+    alphas = [finite_number(value) for value in (alpha if isinstance(alpha, Sequence) else [alpha])]
     if not alphas:
         raise UsageError("No alpha was given.")
-    rules = tuple(Rule((_number(value),), _regex(pattern)) for pattern, value in (alpha_for or {}).items())
+    rules = tuple(Rule((finite_number(value),), _regex(pattern)) for pattern, value in (alpha_for or {}).items())
     recipe = Recipe(
         "expo",
         (Slice((Source(str(aligned)), Source(str(sft))), base=1),),
@@ -162,15 +161,16 @@ def plan_run_extrapolation(
     seed: int = 0,
     shard_size: int | None = None,
     copy_code: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
-    """Plan the extrapolation of a training run; see ``extrapolate_run`` for the arguments and errors."""
-    targets = [_number(value, "to_step") for value in (to_step if isinstance(to_step, Sequence) else [to_step])]
+    """Plan the extrapolation of a training run; see ``extrapolate_run`` for the arguments and errors.
+
+    ``opened`` are models that are open already, by reference.
+    """
+    targets = [finite_number(value, "to_step") for value in (to_step if isinstance(to_step, Sequence) else [to_step])]
     if not targets:
         raise UsageError("No to_step was given.")
-    models = checkpoints_of(str(checkpoints)) if isinstance(checkpoints, str | Path) else list(map(str, checkpoints))
-    at = [_number(value, "steps") for value in steps or steps_of(models)]
-    if len(at) != len(models):
-        raise UsageError(f"Expected a step for each of the {len(models)} checkpoints, got {len(at)}.")
+    models, at = run_of(checkpoints, steps)
     sources = (Source(model, parameters={"step": (Rule((step,)),)}) for model, step in zip(models, at, strict=True))
     recipe = Recipe(
         "relex",
@@ -184,7 +184,39 @@ def plan_run_extrapolation(
         seed=seed,
     )
     paths = named_outputs(str(output), targets, "step")
-    return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, strict=True)
+    return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, opened=opened, strict=True)
+
+
+@named_options
+def plan_checkpoint(
+    base: str,
+    checkpoint: str,
+    output: str | Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    out_dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    shard_size: int | None = None,
+    copy_code: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
+) -> Plan:
+    """Plan a checkpoint of a run as it is, in the form of the run's extrapolations; the arguments are theirs.
+
+    All its weights are its own: ``include`` and ``exclude`` choose what is extrapolated, and nothing is.
+    """
+    recipe = Recipe(
+        "wise_ft",
+        (Slice((Source(checkpoint), Source(base)), base=1),),
+        base_model=base,
+        outputs=({"alpha": (Rule((1.0,)),)},),
+        out_dtype=dtypes.output_named(out_dtype) if out_dtype else None,
+        rounding=rounding,
+        seed=seed,
+    )
+    paths = [output_path(str(output))]
+    return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, opened=opened, strict=True)
 
 
 @named_options
@@ -281,10 +313,3 @@ def _tokenizer_source(asked: str | None, sft: str, aligned: str) -> str | None:
 
 def _regex(pattern: str) -> Filter:
     return Filter(REGEX + pattern)
-
-
-def _number(value: float, name: str = "alpha") -> float:
-    """Return a number as a float. Raises UsageError where it is none, or not finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"{name} expects finite numbers, got {value!r}.")
-    return float(value)

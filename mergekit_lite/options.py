@@ -1,8 +1,9 @@
-"""Options of the public functions: the choices they have, and the refusal of one that is misspelt."""
+"""Options of the public functions: the choices they have, and the refusal of what is misspelt or no number."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from functools import wraps
@@ -39,3 +40,10 @@ def named_options(function: Callable[P, T]) -> Callable[P, T]:
         return function(*arguments, **options)
 
     return checked
+
+
+def finite_number(value: float, name: str = "alpha") -> float:
+    """Return a number as a float. Raises UsageError where it is none, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"{name} expects finite numbers, got {value!r}.")
+    return float(value)

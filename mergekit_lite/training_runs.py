@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mergekit_lite.errors import UsageError, listing
+from mergekit_lite.options import finite_number
 
 WORDS = r"global_step|step|iteration|iter|checkpoint|ckpt|epoch"
 STEP = re.compile(rf"({WORDS})[-_=]?(\d+)(?!.*(?:{WORDS})[-_=]?\d)", re.IGNORECASE)
@@ -61,6 +62,25 @@ def checkpoints_of(run: str) -> list[str]:
     if twice := [f"{a} and {b}" for (one, a), (other, b) in pairwise(ordered) if one == other]:
         raise UsageError(listing(f"{run}: has checkpoints of the same step", twice))
     return [read_as + path for _, path in ordered]
+
+
+def run_of(
+    checkpoints: str | Path | Sequence[str | Path], steps: Sequence[float] = ()
+) -> tuple[list[str], list[float]]:
+    """Return a run's checkpoints and their steps.
+
+    Args:
+        checkpoints: of it; or the folder that holds them, or a pattern.
+        steps: one for each, in their order; by default those in their names.
+
+    Raises:
+        UsageError: the steps are not clear, or there are more or fewer than checkpoints.
+    """
+    models = checkpoints_of(str(checkpoints)) if isinstance(checkpoints, str | Path) else list(map(str, checkpoints))
+    at = [finite_number(value, "steps") for value in steps or steps_of(models)]
+    if len(at) != len(models):
+        raise UsageError(f"Expected a step for each of the {len(models)} checkpoints, got {len(at)}.")
+    return models, at
 
 
 def _named(checkpoint: str) -> tuple[str, int] | None:

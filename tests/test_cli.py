@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from mergekit_lite.commands import COMMANDS, main
 from mergekit_lite.extrapolation import default_output
-from mergekit_lite.methods import merge_states
+from mergekit_lite.methods import METHODS, merge_states
 from mergekit_lite.ops import c_ops
 from tests.models import read_folder, state, tree_bytes, tuned, write_folder
 
@@ -222,6 +222,23 @@ def test_json_result_and_quiet(pair: Path) -> None:
     assert len(made["tensors"]) == made["merged"] == len(state(0))
     code, told, _ = invoke("extrapolate", "sft", "dpo", "--alpha", "0.5", "-o", "y", "-q")
     assert (code, told) == (0, "")
+
+
+def test_methods_are_listed_by_what_a_user_has() -> None:
+    """Each once; and adapters, which take any of them."""
+    code, told, _ = invoke("methods")
+    assert code == 0
+    heading, found = "", {}
+    for line in told.splitlines():
+        if line.endswith(":"):
+            heading = line.rstrip(":")
+        elif line.startswith("  "):
+            assert line.split()[0] not in found
+            found[line.split()[0]] = heading
+    assert found.keys() == METHODS.keys()
+    assert found["relex"] == "checkpoints of one training run" and found["ties"] == "fine-tunes of one base"
+    assert found["linear"] not in (found["relex"], found["ties"])
+    assert "vector combine --space" in told.splitlines()[-1]
 
 
 def test_merge_takes_its_output_as_mergekit_does(pair: Path) -> None:

@@ -46,7 +46,7 @@ from mergekit_lite.methods.registry import method
 from mergekit_lite.ops.operations import WeightedSum
 
 
-@method(base="none", models=(1, 1), formula="share·x", source="a toy")
+@method(given="models", base="none", models=(1, 1), formula="share·x", source="a toy")
 def toy(info: TensorInfo, *, share: Share = 1.0) -> Merge:
     """Make a model smaller.
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import mergekit_lite
@@ -369,3 +370,20 @@ def test_what_lies_elsewhere_is_not_predicted_as_if_it_were_here(tmp_path: Path)
     for path, output in ((StorePath(tmp_path), tmp_path), (tmp_path, Place("s3", "bucket", "out"))):
         source = SimpleNamespace(reference="org/name", files=[SimpleNamespace(path=path)])
         assert predicted(cast(Any, SimpleNamespace(inputs=[source], outputs=[output]))) is None
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv", "iso_cts", "cart", "wudi"])
+def test_the_time_of_singular_vectors_is_not_predicted(tmp_path: Path, method: str) -> None:
+    """It grows faster than a matrix, and small ones are measured: the plan says so. Where none is taken, it is told."""
+    base = state(0)
+    for seed, name in enumerate(("base", "a", "b")):
+        write_folder(tmp_path / name, tuned(base, seed) if seed else base)
+    for matrices, told in (("linear", False), ("none", True)):
+        models = [{"model": str(tmp_path / name)} for name in "ab"]
+        content = {"merge_method": method, "base_model": str(tmp_path / "base"), "models": models}
+        (tmp_path / "r.yml").write_text(yaml.safe_dump(content | {"parameters": {"matrices": matrices}}))
+        shown = CliRunner().invoke(main, ["plan", str(tmp_path / "r.yml")])
+        assert shown.exit_code == 0 and ("time is not predicted" in shown.stdout) != told
+        assert ("this machine" in shown.stdout) == told
+        plain = json.loads(CliRunner().invoke(main, ["plan", str(tmp_path / "r.yml"), "--json"]).stdout)
+        assert ("prediction" in plain) == told and ("not_predicted" in plain) != told

@@ -67,9 +67,11 @@ def boost(
     sft: str | Path | None = None,
     aligned: str | Path | None = None,
     recipe: str | Path | None = None,
+    base: str | Path | None = None,
+    checkpoints: str | Path | Sequence[str | Path] = (),
     **options: Unpack[BoostOptions],
 ) -> Boosted:
-    """Choose how far to go past ``aligned``, or numbers of a recipe, by measuring, and make that model.
+    """Choose how far to go past ``aligned`` or a run's end, or numbers of a recipe, by measuring, and make that model.
 
     What is measured is kept in ``OUTPUT.boost``: a search that was killed goes on, and measures nothing twice.
 
@@ -80,6 +82,9 @@ def boost(
         sft: the model before alignment, with ``aligned``: any reference.
         aligned: the model after.
         recipe: instead of a pair, a merge recipe, with the option ``tune``.
+        base: instead of a pair, the model that a training run began with, with ``checkpoints``.
+        checkpoints: two or more of that run, the folder that holds them, or a pattern, ``run/step-*``; the option
+            ``tune`` says how far it may go on, ``to_step=75:1000``.
         **options: see ``BoostOptions``.
 
     Returns:
@@ -89,7 +94,7 @@ def boost(
         UsageError: an option is wrong; every problem that can be seen at once is named.
         MergekitLiteError: a candidate can't be made or asked, or the output not written. What was measured is kept.
     """
-    return search_and_write(prepare(request_of(output, scores, sft, aligned, recipe, options)))
+    return search_and_write(prepare(request_of(output, scores, sft, aligned, recipe, options, base, checkpoints)))
 
 
 def search_and_write(

@@ -18,7 +18,7 @@ def described(prepared: Prepared) -> dict[str, str]:
     plan = prepared.family.plan(prepared.family.baseline, request.output)
     data = {"prompt": prepared.prompts, "pair": prepared.pairs, "text": prepared.texts}
     facts = {
-        "models": ", ".join(source.reference for source in plan.inputs),
+        "models": ", ".join(prepared.family.opened),
         "recipe": str(request.recipe or ""),
         "tuned": ", ".join(f"{name} from {of.low:g} to {of.high:g}" for name, of in prepared.family.ranges.items()),
         "search": prepared.search,

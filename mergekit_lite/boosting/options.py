@@ -11,6 +11,7 @@ from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.boosting.request import SAMPLING, Request
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import NewRows, Rounding, Width
+from mergekit_lite.training_runs import run_of
 
 RANGES = {
     **dict.fromkeys(
@@ -45,18 +46,22 @@ OF_PAIR = {  # options of ``plan_extrapolation`` with the values that a request 
     "shard_size": None,
     "copy_code": False,
 }
+NOT_OF_RUN = ("new_rows", "tokenizer_source", "width")
 
 
 class BoostOptions(TypedDict, total=False):
     """The options of ``boost``.
 
     Attributes:
-        tune: what is searched for, ``PATH=LOW:HIGH`` each: ``alpha=0:8``, ``parameters.t[filter=mlp]=0:1``.
+        tune: what is searched for, ``PATH=LOW:HIGH`` each: ``alpha=0:8``, ``to_step=75:1000`` of a run,
+            ``parameters.t[filter=mlp]=0:1`` of a recipe.
+        steps: of a run's checkpoints; by default those in their names.
         prompts: JSONL or Parquet files with prompts to answer.
         pairs: a JSONL file with preference pairs, for the score ``pairs``.
         limit: most prompts, pairs and texts that are used.
-        search: ``bracket`` for one alpha (the default there), ``grid``, ``tpe`` (the default else) or ``cmaes``.
-        start: the bracket's first alpha; 0.5 by default.
+        search: ``bracket`` for one alpha or a run (the default there), ``grid``, ``tpe`` (the default else) or
+            ``cmaes``.
+        start: the bracket's first alpha; 0.5 by default. Of a run, as the others, a share of its last step: beyond it.
         step: the bracket's first step; ``start`` by default.
         final_step: the bracket's last step; by default it goes by the best alpha.
         grid: the grid's values by the name of what is tuned.
@@ -82,7 +87,7 @@ class BoostOptions(TypedDict, total=False):
             one for each GPU of ``device``, else 1. With ``ray`` the most workers.
         at_once: candidates that tpe and cmaes draw before they know how the ones before did; 1 by default.
         include, exclude, new_rows, tokenizer_source, width, out_dtype, rounding, shard_size, copy_code: as of
-            ``extrapolate``, for a pair.
+            ``extrapolate``, for a pair; but for ``new_rows``, ``tokenizer_source`` and ``width`` for a run, too.
         seed: of answers, the items' order and rounding; 0 by default.
         threads: that set weights in a process; by default one for each core, shared by the processes.
         device: ``cpu`` (the default), ``cuda`` for all GPUs, ``cuda:1`` …, or ``auto``.
@@ -93,6 +98,7 @@ class BoostOptions(TypedDict, total=False):
     """
 
     tune: Sequence[str]
+    steps: Sequence[float]
     prompts: Sequence[str | Path]
     pairs: str | Path | None
     limit: int | None
@@ -144,14 +150,19 @@ def request_of(
     aligned: str | Path | None,
     recipe: str | Path | None,
     options: BoostOptions,
+    base: str | Path | None = None,
+    checkpoints: str | Path | Sequence[str | Path] = (),
 ) -> Request:
     """Return the request that flat options make; ``prepare`` checks it.
 
     Raises:
-        UsageError: one model of the pair is missing, or a number is out of its range.
+        UsageError: one model of the pair is missing, a run has no base, no checkpoints or no clear steps, an option is
+            not for a run, or a number is out of its range.
     """
     if (sft is None) != (aligned is None):
         raise UsageError("Name both models: mergekit-lite boost SFT ALIGNED …")
+    if (base is None) != (not checkpoints):
+        raise UsageError("Name the base and the checkpoints of a run: mergekit-lite boost BASE CKPT CKPT …")
     given: dict[str, Any] = dict(options)
     for name, (low, high) in RANGES.items():
         value = given.get(name)
@@ -160,8 +171,12 @@ def request_of(
             raise UsageError(f"--{name.replace('_', '-')}: expected a number from {low:g}{upper}, got {value:g}.")
     sampling = {name: given.pop(name) for name in OF_SAMPLING if name in given}
     of_pair = {name: given.pop(name, usual) for name, usual in OF_PAIR.items()}
-    if sft is not None:
-        of_pair["seed"] = given.get("seed", 0)
+    of_pair = {name: value for name, value in of_pair.items() if value and value != OF_PAIR[name]}
+    if base is not None and (unfit := [f"--{name.replace('_', '-')}" for name in NOT_OF_RUN if name in of_pair]):
+        raise UsageError(f"{', '.join(unfit)}: of a pair, not of a run.")
+    if recipe is None and (seed := given.get("seed", 0)):
+        of_pair["seed"] = seed
+    run, at = run_of(checkpoints, given.pop("steps", ())) if base is not None else ((), given.pop("steps", ()))
     given |= {name: tuple(given.get(name, ())) for name in ("tune", "limits")}
     paths = {"recipe": recipe, "pairs": given.get("pairs"), "study": given.get("study")}
     given |= {name: None if path is None else Path(path) for name, path in paths.items()}
@@ -172,6 +187,9 @@ def request_of(
         aligned=None if aligned is None else str(aligned),
         prompts=tuple(map(Path, given.pop("prompts", ()))),
         sampling=Sampling(**(SAMPLING.model_dump() | sampling)),
-        options={name: value for name, value in of_pair.items() if value and value != OF_PAIR.get(name)},
+        base=None if base is None else str(base),
+        checkpoints=tuple(run),
+        steps=tuple(at),
+        options=of_pair,
         **given,
     )

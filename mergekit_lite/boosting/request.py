@@ -17,7 +17,14 @@ import xxhash
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
 from mergekit_lite.answers.serving import serve_words
-from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily
+from mergekit_lite.boosting.candidates.family import (
+    Family,
+    PairFamily,
+    RecipeFamily,
+    RunFamily,
+    can_bracket,
+    check_plans,
+)
 from mergekit_lite.boosting.candidates.tunable import Tunable, parse
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
@@ -28,7 +35,7 @@ from mergekit_lite.boosting.search.looks import portion
 from mergekit_lite.boosting.search.optuna_search import SAMPLERS, optuna_search
 from mergekit_lite.boosting.search.point import Settings
 from mergekit_lite.boosting.search.search import MOST, START, bracket, grid
-from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, listing, nearest
+from mergekit_lite.errors import UsageError, listing, nearest
 from mergekit_lite.pages import drawing
 
 if TYPE_CHECKING:
@@ -52,6 +59,9 @@ class Request:
     sft: str | None = None
     aligned: str | None = None
     recipe: Path | None = None
+    base: str | None = None
+    checkpoints: tuple[str, ...] = ()
+    steps: tuple[float, ...] = ()
     tune: tuple[str, ...] = ()
     prompts: tuple[Path, ...] = ()
     pairs: Path | None = None
@@ -130,6 +140,8 @@ class Prepared:
         }
         if isinstance(self.family, RecipeFamily):
             family["recipe"] = self.family.tuning.text(self.family.baseline)
+        if isinstance(self.family, RunFamily):
+            family["steps"] = self.family.steps
         data = [*map(as_row, self.prompts), *map(repr, self.pairs.values()), *self.texts.values()]
         scored = [score._replace(scorer=None)._asdict() for score in self.scores]
         settings = [score.scorer.model_dump(mode="json") for score in self.scores if score.scorer is not None]
@@ -179,7 +191,7 @@ def prepare(request: Request) -> Prepared:
     family = _family(request, tunables)
     notes = [f"left out: {text}" for text in prompts.problems]
     notes += [f"{prompts.repeated:,} prompts were there before and are asked once"] * bool(prompts.repeated)
-    notes += _check_plans(family)
+    notes += check_plans(family)
     _check_memory(request, family, devices)
     asked = tuple(prompts.prompts[: request.limit])
     together = portion(len(asked) * request.samples, request.batch_size)
@@ -192,7 +204,7 @@ def prepare(request: Request) -> Prepared:
         batch=together // math.gcd(together, request.samples),
         stop_early=request.stop_early,
     )
-    search = request.search or ("bracket" if _can_bracket(family) else "tpe")
+    search = request.search or ("bracket" if can_bracket(family) else "tpe")
     searcher = _searcher(request, search, family, settings)
     return Prepared(
         request,
@@ -270,10 +282,15 @@ def _try(problems: list[str], make: Callable[[], T]) -> T | None:
 
 def _tunables(request: Request) -> tuple[Tunable, ...]:
     pair = request.sft is not None and request.aligned is not None
-    if pair == (request.recipe is not None):
-        raise UsageError("Name SFT and ALIGNED, or a --recipe: exactly one of the two.")
+    run = request.base is not None and bool(request.checkpoints)
+    if pair + run + (request.recipe is not None) != 1:
+        raise UsageError("Name SFT and ALIGNED, or BASE and the checkpoints of a run, or a --recipe: exactly one.")
     if request.recipe is not None and not request.tune:
         raise UsageError("Which numbers of the recipe? For instance --tune parameters.weight=0:1.5.")
+    if run and not request.tune:
+        raise UsageError("How far may a run go on? For instance --tune to_step=75:1000.")
+    if request.steps and not run:
+        raise UsageError("--steps are those of a run's checkpoints: give --tune to_step=LOW:HIGH.")
     return parse(request.tune or (ALPHA,))
 
 
@@ -291,7 +308,7 @@ def _missing(request: Request, scores: Sequence[ScoreSpec]) -> list[str]:
         problems.append("--score pairs needs --pairs FILE.")
     if scores and PAIRS not in kinds and request.pairs is not None:
         problems.append("--pairs are there, but nothing that scores them: give --score pairs.")
-    if LOG_RATIO in kinds and (request.recipe is not None or request.serve_command is not None):
+    if LOG_RATIO in kinds and (request.sft is None or request.serve_command is not None):
         problems.append("--score log_ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
     if request.servers > 1 and request.serve_command is None:
         problems.append("--servers is the number of servers that --serve-command starts: give one.")
@@ -316,44 +333,18 @@ def _family(request: Request, tunables: Sequence[Tunable]) -> Family:
         if unused:
             raise UsageError(f"{', '.join(unused)}: a recipe says that itself.")
         return RecipeFamily(request.recipe, tunables)
+    if request.base is not None:
+        return RunFamily(request.base, request.checkpoints, request.steps, tunables, request.options)
     assert request.sft is not None and request.aligned is not None
     return PairFamily(request.sft, request.aligned, tunables, request.options)
-
-
-def _check_plans(family: Family) -> list[str]:
-    """Plan the baseline and both ends of all ranges, so that no candidate between is refused half-way; return notes."""
-    ends = ({name: getattr(of, end) for name, of in family.ranges.items()} for end in ("low", "high"))
-    notes: dict[str, None] = {}
-    problems: dict[str, None] = {}
-    for params in (family.baseline, *ends):
-        try:
-            plan = family.plan(params)
-            notes |= dict.fromkeys(plan.notes)
-            if any(job.scales for job in plan.jobs):
-                problems["candidates are not measured in fp8: make the chosen one again with extrapolate or merge"] = (
-                    None
-                )
-        except PlanError as error:
-            problems |= dict.fromkeys(error.problems)
-        except MergekitLiteError as error:
-            problems[str(error)] = None
-    if problems:
-        raise PlanError(list(problems))
-    return list(notes)
-
-
-def _can_bracket(family: Family) -> bool:
-    return isinstance(family, PairFamily) and len(family.ranges) == 1
 
 
 def _searcher(request: Request, kind: str, family: Family, settings: Settings) -> Searcher:
     """Return what begins the search. Raises UsageError where it doesn't fit the tuned parameters."""
     if kind == "bracket":
-        if not _can_bracket(family):
-            raise UsageError("The bracket searches one alpha of a pair. For other numbers take grid, tpe or cmaes.")
-        ((name, of),) = family.ranges.items()
-        start, step, last = min(request.start, of.high), request.step, request.final_step
-        return lambda same: bracket(name, start=start, step=step, final_step=last, most=of.high, same=same)
+        if not can_bracket(family):
+            raise UsageError("The bracket searches a pair's alpha or a run's to_step. For others: grid, tpe or cmaes.")
+        return _bracket(request, family)
     if kind == "grid":
         values = _grid(request.grid, family)
         return lambda same: grid(values)
@@ -367,6 +358,17 @@ def _searcher(request: Request, kind: str, family: Family, settings: Settings) -
         seed=request.seed,
         at_once=request.at_once,
     )
+
+
+def _bracket(request: Request, family: Family) -> Searcher:
+    """Return the bracket. A step (1 + alpha)·last of a run is as far on its line as alpha is on a pair's."""
+    ((name, of),) = family.ranges.items()
+    origin, unit = (family.last, family.last) if isinstance(family, RunFamily) else (0.0, 1.0)
+    most = (of.high - origin) / unit
+    if most <= 0:
+        raise UsageError(f"--tune {name}: {of.high:g} is not beyond the baseline, {origin:g}.")
+    start, step, final = min(request.start, most), request.step, request.final_step
+    return lambda same: bracket(name, start, step, final, most, same, origin, unit)
 
 
 def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, Sequence[float]]:

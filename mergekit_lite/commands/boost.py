@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from mergekit_lite.commands import running, values
+from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit_lite.boosting.options import BoostOptions
@@ -44,19 +45,26 @@ Examples:
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log_ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score maths --device cuda --parallel 8 -o ./boosted
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score maths --device cuda --ray auto -o /shared/boosted
+  mergekit-lite boost ./base './run/step-*' --tune to_step=75:1000 --prompts dev.jsonl --score maths -o ./boosted
   mergekit-lite boost --recipe merge.yml --tune 'parameters.t[filter=mlp]=0:1' --tune 'parameters.t=0:1'
       --prompts maths.jsonl --score maths --score nll:wiki.txt --limits loss:nll=0.05 -o ./merged
 """,
 )
-@click.argument("sft", required=False)
-@click.argument("aligned", required=False)
+@click.argument("models", nargs=-1, metavar="[SFT ALIGNED | BASE CKPT…]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The chosen model's folder.")
 @click.option("--recipe", type=FILE, help="Instead of SFT and ALIGNED: a merge recipe, with --tune.")
 @click.option(
     "--tune",
     metavar="PATH=LOW:HIGH",
     multiple=True,
-    help="What is searched for, for instance parameters.weight=0:1.5, parameters.t[filter=mlp]=0:1 or alpha=0:8.",
+    help="What is searched for, for instance parameters.weight=0:1.5, parameters.t[filter=mlp]=0:1 or alpha=0:8; "
+    "to_step=75:1000 makes BASE and CKPT… a training run.",
+)
+@click.option(
+    "--steps",
+    metavar="N,M[,…]",
+    callback=values.numbers,
+    help="Of a run's checkpoints; by default those in their names.",
 )
 @click.option("--score", "scores", cls=ScoreOption, metavar="KIND[:WHAT]", multiple=True)
 @click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer.")
@@ -65,9 +73,15 @@ Examples:
 @click.option(
     "--search",
     type=click.Choice(["bracket", "grid", "tpe", "cmaes"]),
-    help="bracket for one alpha (bracket, bisect, refine), else tpe.",
+    help="bracket for one alpha or a run (bracket, bisect, refine), else tpe.",
 )
-@click.option("--start", type=float, default=0.5, show_default=True, help="The bracket's first alpha.")
+@click.option(
+    "--start",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="The bracket's first alpha; of a run this share beyond its last step.",
+)
 @click.option("--step", type=float, help="The bracket's first step; --start by default.")
 @click.option("--final-step", type=float, help="The bracket's last step; by default goes by the best alpha.")
 @click.option("--grid", metavar="[NAME=]A,B…", multiple=True, help="The grid's values; NAME is alpha by default.")
@@ -143,8 +157,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors, warnings and the verdict only.")
 def command(
-    sft: str | None,
-    aligned: str | None,
+    models: tuple[str, ...],
     output: Path,
     scores: tuple[str, ...],
     recipe: Path | None,
@@ -156,7 +169,7 @@ def command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Choose how far to go past ALIGNED by measuring, and make that model.
+    """Choose how far to go past ALIGNED, or past the end of a training run, by measuring, and make that model.
 
     The models are loaded once, as one; each candidate's weights are set in place, exactly as they would be written.
     What is measured is kept in OUTPUT.boost: a search that was killed goes on, and measures nothing twice. Where no
@@ -170,7 +183,8 @@ def command(
 
     screen = Screen(quiet=quiet or as_json, verbose=False)
     given |= {"grid": _grid(grid), "stop_early": not all_items, "likelihoods": not no_kl}
-    prepared = prepare(request_of(output, scores, sft, aligned, recipe, cast("BoostOptions", given)))
+    named = {"sft": None, "aligned": None, "recipe": recipe} | _named(models, given["tune"])
+    prepared = prepare(request_of(output, scores, options=cast("BoostOptions", given), **named))
     for note in (*prepared.notes, delta_warning(prepared.family.plan(prepared.family.baseline))):
         screen.warn(note)
     if not dry_run:
@@ -179,6 +193,21 @@ def command(
         click.echo(json.dumps(described(prepared), indent=1))
     else:
         _show(prepared, screen)
+
+
+def _named(models: tuple[str, ...], tune: tuple[str, ...]) -> dict[str, Any]:
+    """Return what the models are: a pair, or a run where its step is tuned. Raises UsageError for what is neither."""
+    from mergekit_lite.boosting.candidates.tunable import TO_STEP
+
+    if models and any(text.startswith(TO_STEP) for text in tune):
+        base, *checkpoints = models
+        return {"base": base, "checkpoints": checkpoints[0] if len(checkpoints) == 1 else checkpoints}
+    if len(models) not in (0, 2):
+        raise UsageError(
+            "Name both models: mergekit-lite boost SFT ALIGNED …, or the base and the checkpoints of a run with "
+            "--tune to_step=LOW:HIGH."
+        )
+    return dict(zip(("sft", "aligned"), models, strict=False))
 
 
 def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
@@ -192,7 +221,7 @@ def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
 def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boosting.boosting import search_and_write
     from mergekit_lite.boosting.summary import verdict
-    from mergekit_lite.commands.screen import made
+    from mergekit_lite.commands.screen import made, no_line
     from mergekit_lite.output.companions import what_is_missing
 
     with _stopping_the_server():
@@ -207,6 +236,7 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
             screen.out.print(made(output))
     screen.out.print(f"report: {boosted.page}")
     if boosted.finished is not None:
+        screen.warn(no_line(boosted.finished.reports[0]))
         screen.warn(what_is_missing(prepared.family.plan(prepared.family.baseline)))
 
 

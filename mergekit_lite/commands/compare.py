@@ -31,10 +31,20 @@ Examples:
   mergekit-lite compare ./sft ./dpo --alpha 0.1,0.3 --dtype bfloat16 --plot changes.png
   mergekit-lite compare ./base ./math ./code --html report.html --csv figures.csv
   mergekit-lite compare ./base ./math ./code --ray auto
+  mergekit-lite compare ./base './run/step-*' --run --html run.html   (the path of a training run)
 """,
 )
 @click.argument("base")
 @click.argument("models", nargs=-1, required=True)
+@click.option(
+    "--run", is_flag=True, help="MODELS are checkpoints of one training run, the folder that holds them, or a pattern."
+)
+@click.option(
+    "--steps",
+    metavar="N,M[,…]",
+    callback=values.numbers,
+    help="With it, their steps; by default those in their names.",
+)
 @click.option("--top-k", default=0.2, show_default=True, help="Share of the weights in a mask of the largest changes.")
 @click.option(
     "-a",
@@ -80,6 +90,9 @@ def command(
 
     For each tensor, each layer and overall: size of the delta, share of changed weights, cosines, signs, overlap of the
     largest changes, the coefficients VaRM and SCE would find, alpha after rounding, stable rank.
+
+    With --run, the path of a training run that began with BASE: over the steps, how far it went, the cosine of each
+    update with the one before, and the share of the checkpoints' variance that one line explains (RELEX).
     """
     from mergekit_lite.commands.screen import Screen, made
     from mergekit_lite.comparison import export, plots
@@ -92,7 +105,8 @@ def command(
         values.check_folder(path)
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with workers_of(ray, workers=options["threads"]) as crew, screen.progress("comparing", crew) as progress:
-        comparison = compare(base, models, progress=progress, processes=running.PROCESSES, ray=crew, **options)
+        named = models[0] if options["run"] and len(models) == 1 else models
+        comparison = compare(base, named, progress=progress, processes=running.PROCESSES, ray=crew, **options)
     if csv_path is not None:
         table = io.StringIO()
         export.write_csv(comparison, table)
@@ -127,11 +141,11 @@ def _show(screen: Screen, comparison: Comparison) -> None:
     screen.out.print(table(("", "model"), list(rows)))
     for overview in _overall(comparison, letters):
         screen.out.print("", overview, sep="\n")
-    screen.out.print("", _units("layer", letters, comparison.layers.items()), sep="\n")
+    screen.out.print("", _units("layer", comparison, comparison.layers.items()), sep="\n")
     shown = comparison.tensors if screen.verbose else comparison.most_changed[:SHOWN]
     title = "tensor" if screen.verbose else "tensors that changed most"
     tensors = [(one.tensor.name, comparison.figures(one)) for one in shown]
-    screen.out.print("", _units(title, letters, tensors), sep="\n")
+    screen.out.print("", _units(title, comparison, tensors), sep="\n")
     if len(comparison.tensors) > len(shown):
         screen.out.print(f"… and {len(comparison.tensors) - len(shown):,} more (-v shows all)")
     screen.out.print()
@@ -161,7 +175,9 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     ]
     heads = ("", ">RMS(delta)", ">norm", ">changed", ">VaRM", ">SCE", ">rank", "looks (by size)")
     tables = [table(heads, of_models)]
-    if len(letters) > 1:
+    if comparison.steps:
+        tables += _path(comparison)
+    elif len(letters) > 1:
         pairs = [
             (
                 f"{letters[i]} {letters[j]}",
@@ -173,22 +189,49 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
         overlap = f">top {100 * settings.top_k:g} % shared"
         tables.append(table(("", ">cosine", ">both changed", ">same sign", ">opposite", overlap), pairs))
     alphas = [
-        (dtype, f"{alpha:g}", *(figure(value, ".4f") for value in row))
+        (dtype, f"{alpha:g}", *(figure(row[number], ".4f") for number in comparison.shown))
         for dtype, of_dtype in zip(settings.dtypes, all_of.effective, strict=True)
         for alpha, row in zip(settings.alphas, of_dtype, strict=True)
     ]
-    return [*tables, table(("rounded to", ">alpha", *(f">{name}" for name in letters)), alphas)]
+    return [*tables, table(("rounded to", ">alpha", *(f">{letters[number]}" for number in comparison.shown)), alphas)]
 
 
-def _units(title: str, letters: list[str], units: Iterable[tuple[str, DeltaFigures]]) -> Any:
+def _path(comparison: Comparison) -> list[Any]:
+    """Return the tables of a run's path, and of what one line explains of each kind of tensor, the least first."""
     from mergekit_lite.commands.screen import table
+    from mergekit_lite.comparison.comparison import letter
+    from mergekit_lite.comparison.run_path import by_module, path_of
     from mergekit_lite.comparison.suggestions import figure, percent
 
-    several = len(letters) > 1
+    of = path_of(comparison)
+    rows = [
+        (
+            letter(number),
+            f"{step:g}",
+            *(figure(length[number], ".3g") for length in (of.norm, of.moved)),
+            *(figure(cosine[number], ".3f") for cosine in (of.turn, of.toward)),
+            *(percent(share[number]) for share in (of.explained, of.bound)),
+        )
+        for number, step in enumerate(of.steps)
+    ]
+    heads = ("", ">step", ">norm", ">moved", ">cosine with update before", ">with last", ">one line", ">to follow it")
+    shares = {name: path.explained[-1] for name, path in by_module(comparison).items()}
+    least = sorted(((share, name) for name, share in shares.items() if share is not None))[:SHOWN]
+    modules = [(name, percent(share)) for share, name in least]
+    return [table(heads, rows), table(("least explained by one line", ">share"), modules)]
+
+
+def _units(title: str, comparison: Comparison, units: Iterable[tuple[str, DeltaFigures]]) -> Any:
+    from mergekit_lite.commands.screen import table
+    from mergekit_lite.comparison.comparison import letter
+    from mergekit_lite.comparison.suggestions import figure, percent
+
+    letters = [letter(number) for number in comparison.shown]
+    several = len(comparison.models) > 1
     rows = [
         (
             name,
-            *(figure(rms, ".1e") for rms in figures.rms),
+            *(figure(figures.rms[number], ".1e") for number in comparison.shown),
             *([figure(figures.cosine[0][1], ".2f")] if len(letters) == 2 else []),
             percent(figures.split) if several else percent(figures.changed[0]),
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint.stores.ranges import TRAFFIC
+from mergekit_lite.commands.prediction import not_predicted
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.fetching import fetches
 from mergekit_lite.engine.memory import memory_estimate
@@ -42,6 +43,7 @@ def of_plan(
         "memory": memory_estimate(plan, threads, devices),
         "spool": spool_bytes(plan, threads or writing_workers()),
         **({} if prediction is None else {"prediction": prediction.to_json()}),
+        **({} if (why := not_predicted(plan)) is None else {"not_predicted": why}),
         "tensors": [_of_job(plan, job) for job in plan.jobs],
         "left_out": [{"model": model, "name": name, "why": why} for model, name, why in plan.left_out],
         "beside": {"copied": sorted(copied), "not_copied": not_copied},

@@ -13,6 +13,11 @@ import click
 if TYPE_CHECKING:
     from mergekit_lite.methods import Method, Parameter
 
+ADAPTERS = (
+    "LoRA adapters of one base: any of these on their products, the result an adapter "
+    "(mergekit-lite vector combine --space core)"
+)
+
 
 @click.command(
     name="methods",
@@ -24,13 +29,17 @@ Examples:
 )
 @click.argument("name", required=False)
 def command(name: str | None) -> None:
-    """List the merge methods, or describe one: formula, parameters with defaults, source."""
+    """List the merge methods by what you have, or describe one: formula, parameters with defaults, source."""
     from mergekit_lite.methods import METHODS, method_named
 
     if name is None:
         width = max(map(len, METHODS))
-        for method in sorted(METHODS.values(), key=lambda method: method.name):
-            click.echo(f"{method.name:<{width}}  {method.formula}")
+        for given, methods in grouped().items():
+            click.echo(f"{given}:")
+            for method in methods:
+                click.echo(f"  {method.name:<{width}}  {method.formula}")
+            click.echo()
+        click.echo(ADAPTERS)
         return
     method = method_named(name)
     click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {method.number}, base {method.base}\n")
@@ -41,6 +50,18 @@ def command(name: str | None) -> None:
         click.echo(f"  {key} ({_kind(parameter)}, {default}){about}")
     about_family = inspect.getdoc(sys.modules[method.function.__module__]) or ""
     click.echo(f"\n{summary}\n\n{about_family}".replace("``", ""))
+
+
+def grouped() -> dict[str, list[Method]]:
+    """Return all methods by name, under what a user has who takes them; groups without a method are left out."""
+    from mergekit_lite.methods import METHODS
+    from mergekit_lite.methods.registry import GIVEN
+
+    of = {
+        heading: sorted((one for one in METHODS.values() if one.given == given), key=lambda one: one.name)
+        for given, heading in GIVEN.items()
+    }
+    return {heading: methods for heading, methods in of.items() if methods}
 
 
 def described(method: Method) -> tuple[str, dict[str, str]]:

@@ -15,6 +15,7 @@ from mergekit_lite.checkpoint.extents import is_elsewhere_file
 from mergekit_lite.commands import values
 from mergekit_lite.commands.units import rate_text, seconds, size
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.memory import most_held
 from mergekit_lite.object_stores import Place
 
 if TYPE_CHECKING:
@@ -74,17 +75,27 @@ def predicted_in_turn(
 ) -> InTurn | None:
     """Predict runs, one after the other, on some machines: without rates on such as this one, which is measured.
 
-    ``disk`` and ``net`` are in bytes a second. Returns None for GPUs, and where weights lie elsewhere without ``net``:
-    what the network gives is not measured.
+    ``disk`` and ``net`` are in bytes a second. Returns None for GPUs, where weights lie elsewhere without ``net``, as
+    what the network gives is not measured, and where ``not_predicted`` says why.
     """
     elsewhere = any(is_elsewhere_file(file.path) for plan in plans for source in plan.inputs for file in source.files)
     elsewhere |= any(isinstance(output, Place) for plan in plans for output in plan.outputs)
-    if CPU not in devices or (elsewhere and net is None):
+    if CPU not in devices or (elsewhere and net is None) or any(map(not_predicted, plans)):
         return None
     from mergekit_lite.prediction import predict_in_turn
 
     started = time.process_time()  # without what measuring takes
     return predict_in_turn(plans, _cluster(plans[-1], nodes, cores, threads, disk, net), threads, started)
+
+
+def not_predicted(plan: Plan) -> str | None:
+    """Return why it can't be told what a plan takes; None where its method is no reason.
+
+    Costs are measured on small tensors and grow with the elements; those of decompositions grow faster.
+    """
+    if not most_held(plan):
+        return None
+    return "time is not predicted: singular vectors of whole matrices take longer than in proportion to their size"
 
 
 def _cluster(

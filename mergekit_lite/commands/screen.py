@@ -25,7 +25,7 @@ from rich.text import Text
 
 from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
-from mergekit_lite.commands.prediction import headline, rows
+from mergekit_lite.commands.prediction import headline, not_predicted, rows
 from mergekit_lite.commands.units import size as size
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.fetching import fetches
@@ -97,6 +97,8 @@ class Screen:
             self.out.print(headline(prediction))
             self.out.print(table(("", ">in all", ">a node", ">rate", ">time"), rows(prediction)))
             self.out.print()
+        elif (why := not_predicted(plan)) is not None:
+            self.out.print(f"{why}\n")
         if self.verbose:
             jobs = [
                 (job.name, shape_text(job.shape), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs
@@ -157,7 +159,7 @@ class Screen:
                 self._explained(report)
                 self._coefficients(report)
             self.warn(_advice(report))
-            self.warn(_no_line(report))
+            self.warn(no_line(report))
         if not self.quiet:
             if not is_single_file(plan.outputs[0]):
                 not_copied = companions(plan)[1]
@@ -323,7 +325,8 @@ def _is_far(report: Report) -> bool:
     return abs(report.effective - report.asked) > FAR * abs(report.asked)
 
 
-def _no_line(report: Report) -> str | None:
+def no_line(report: Report) -> str | None:
+    """Return a warning where a run's checkpoints lie along no line; None where they do, or none was followed."""
     if report.explained is None or report.explained.is_enough:
         return None
     return (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from mergekit_lite.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extracted import Extracted
+    from mergekit_lite.vectors.adapter_writing import AdapterOutput
+    from mergekit_lite.vectors.extracted import Extracted, StoredTensor
     from mergekit_lite.vectors.spaces import SpaceName
 
 
@@ -238,39 +240,87 @@ def _combine_adapters(
     options: dict[str, Any],
 ) -> None:
     """Combine adapters into one and show it, or the plan alone."""
-    from mergekit_lite.commands.screen import Screen
     from mergekit_lite.vectors.adapter_combination import run_adapters
     from mergekit_lite.vectors.adapter_plan import plan_adapters
 
+    if options.pop("rebase"):
+        raise UsageError("--rebase: not with --space, as adapters are held to no base.")
+    plan = plan_adapters(adapters, output, method, parameters, space=space, rank=rank, **options)
+    _make_adapter(plan, partial(run_adapters, plan), f"by {method} in {space}", "--space", run_options, view)
+
+
+@command.command(
+    name="intruders",
+    short_help="Scale what an adapter brought that its base has nothing like.",
+    epilog="""\b
+Examples:
+  mergekit-lite vector intruders ./base ./adapter -o ./milder
+  mergekit-lite vector intruders ./base ./adapter -o ./milder --lambda 0.5 -v   (each module's intruders)
+  mergekit-lite vector intruders ./base ./adapter -o ./milder --dry-run
+""",
+)
+@click.argument("base")
+@click.argument("adapter")
+@click.option("-o", "--output", required=True, help="A folder.")
+@click.option("--top-k", type=int, default=10, show_default=True, help="Strongest directions that are looked at.")
+@click.option(
+    "--epsilon", type=float, default=0.5, show_default=True, help="Cosine with all of BASE's below which one intrudes."
+)
+@click.option("--lambda", "scale", type=float, default=0.75, show_default=True, help="What intruders are scaled by.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the result.")
+@running.takes_run_options
+def intruders(
+    base: str, adapter: str, output: str, run_options: RunOptions, view: running.View, **options: Any
+) -> None:
+    """Scale the intruder dimensions of a LoRA adapter, and write it as an adapter (arXiv 2410.21228).
+
+    Of each matrix of BASE + ADAPTER the strongest singular directions are compared with those of BASE. Those that
+    resemble none of them are made weaker: some of what fine-tuning forgot comes back. A matrix at a time is in memory,
+    three times in float64, for each of --threads.
+    """
+    from mergekit_lite.vectors.intruders import plan_intruders, run_intruders
+
+    plan = plan_intruders(base, adapter, output, **options)
+    how = f"their intruders × {options['scale']:g}"
+    _make_adapter(plan, partial(run_intruders, plan), how, "an adapter's intruders", run_options, view)
+
+
+def _make_adapter(
+    plan: AdapterOutput,
+    run: Callable[..., Extracted],
+    how: str,
+    what: str,
+    run_options: RunOptions,
+    view: running.View,
+) -> None:
+    """Make an adapter and show it, or the plan alone. Raises UsageError for options that ``what`` has no use for."""
+    from mergekit_lite.commands.screen import Screen
+
     unfit = {
-        "--rebase": options.pop("rebase"),
         "--device": run_options.pop("device", "cpu") not in ("cpu", "auto"),
         "--ray": run_options.pop("ray", None) is not None,
         "--allow-nonfinite": run_options.pop("allow_nonfinite", False),
     }
     if given := [name for name, is_given in unfit.items() if is_given]:
-        raise UsageError(
-            f"{', '.join(given)}: not with --space, which works on this machine's CPUs, on finite factors."
-        )
+        raise UsageError(f"{', '.join(given)}: not with {what}, which works on this machine's CPUs, on finite factors.")
     running_options: dict[str, Any] = {**run_options}
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
-    plan = plan_adapters(adapters, output, method, parameters, space=space, rank=rank, **options)
     for note in plan.notes:
         screen.warn(note)
+    ranks = sorted({module.rank for module in plan.modules})
     if view.dry_run:
-        ranks = sorted({module.rank for module in plan.modules})
         shown = {"modules": len(plan.modules), "ranks": ranks, "bytes": plan.layout.nbytes, "notes": list(plan.notes)}
         if view.as_json:
             click.echo(json.dumps(shown, indent=1))
         elif not view.quiet:
-            screen.out.print(f"{counted(len(plan.modules), 'module')} of rank {_range(ranks)}, by {method} in {space}")
+            screen.out.print(f"{counted(len(plan.modules), 'module')} of rank {_range(ranks)}, {how}")
         return
     with running.resumable(), screen.progress("combining", None) as progress:
-        combined = run_adapters(plan, progress=progress, **running_options)
+        made = run(progress=progress, **running_options)
     if view.as_json:
-        click.echo(json.dumps(json_output.with_fetched(combined.to_json()), indent=1))
+        click.echo(json.dumps(json_output.with_fetched(made.to_json()), indent=1))
     elif not view.quiet:
-        _show_combined(combined, _range([module.rank for module in plan.modules]), screen)
+        _show_adapter(made, _range(ranks), screen)
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -279,13 +329,22 @@ def _range(numbers: Sequence[int]) -> str:
     return f"{most}" if least == most else f"{least} to {most}"
 
 
-def _show_combined(combined: Extracted, ranks: str, screen: Screen) -> None:
+def _show_adapter(result: Extracted, ranks: str, screen: Screen) -> None:
     from mergekit_lite.commands.screen import made, table
 
     if screen.verbose:
-        rows = [(one.name, f"{math.sqrt(one.square):.3g}", f"{one.error:.4f}") for one in combined.tensors]
-        screen.out.print(table(("tensor", ">‖product‖", ">cut off"), rows))
-    screen.out.print(made(combined.output, combined.nbytes))
-    exact = not any(tensor.lost for tensor in combined.tensors)
-    loss = "nothing cut off" if exact else f"cut off: {combined.error:.4f} of ‖product‖"
-    screen.out.print(f"  {counted(len(combined.tensors), 'module')} of rank {ranks}; {loss}")
+        rows = [
+            (one.name, f"{math.sqrt(one.square):.3g}", f"{one.error:.4f}", *_intruders(one)) for one in result.tensors
+        ]
+        heads = ("tensor", ">‖product‖", ">cut off", ">intruders")
+        screen.out.print(table(heads[: len(rows[0])], rows))
+    screen.out.print(made(result.output, result.nbytes))
+    exact = not any(tensor.lost for tensor in result.tensors)
+    loss = "nothing cut off" if exact else f"cut off: {result.error:.4f} of ‖product‖"
+    found = [one.intruders for one in result.tensors if one.intruders is not None]
+    scaled = f"{counted(sum(found), 'intruder')} in {sum(map(bool, found)):,} of them scaled; " if found else ""
+    screen.out.print(f"  {counted(len(result.tensors), 'module')} of rank {ranks}; {scaled}{loss}")
+
+
+def _intruders(tensor: StoredTensor) -> list[str]:
+    return [] if tensor.intruders is None else [f"{tensor.intruders}"]

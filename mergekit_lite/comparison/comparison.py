@@ -22,10 +22,12 @@ from mergekit_lite.engine.ray_cluster import files_of, workers_of
 from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.relex import differ
 from mergekit_lite.mixtures.numbering import renumbered
 from mergekit_lite.options import named_options
 from mergekit_lite.planning.delta_check import BORDER, RMS_OF_ALIGNMENT, RMS_OF_FINETUNING
 from mergekit_lite.planning.vocabularies import in_common
+from mergekit_lite.training_runs import run_of
 
 SMALLEST_ALIGNMENT = 1e-6  # RMS below which even an alignment on a 7B model would be unusually small
 LARGEST_FINETUNING = 1e-3
@@ -82,6 +84,7 @@ class Comparison:
         tensors: the sums of each tensor, in the order of the base's files.
         unmatched: the tensors that were not compared, each with the reason.
         notes: facts that the user should know.
+        steps: of the models, rising, where they are the checkpoints of one training run; else none.
     """
 
     base: str
@@ -90,6 +93,12 @@ class Comparison:
     tensors: tuple[TensorComparison, ...]
     unmatched: tuple[Unmatched, ...]
     notes: tuple[str, ...]
+    steps: tuple[float, ...] = ()
+
+    @property
+    def shown(self) -> range:
+        """Numbers of the models that are told of one by one: all, but of a run the last checkpoint alone."""
+        return range(len(self.models) - 1 if self.steps else 0, len(self.models))
 
     @property
     def nonfinite(self) -> list[str]:
@@ -150,32 +159,34 @@ class Comparison:
         ranks = [compared.stable_rank for compared in tensors if compared.stable_rank]
         return DeltaFigures(
             elements=elements,
-            norm=_or_none(norms),
-            rms=_or_none(norms / math.sqrt(elements)),
-            changed=_or_none(np.diag(both) / elements),
-            cosine=_rows_or_none(_cosines(sums["products"])),
-            both=_rows_or_none(both / elements),
-            agree=_rows_or_none(_ratio((both + sums["signs"]) / 2, both)),
-            conflict=_rows_or_none(_ratio((both - sums["signs"]) / 2, both)),
-            split=_or_none(_ratio(sums["split"], sums["touched"]).reshape(1))[0],
-            overlap=_rows_or_none(_ratio(sums["in_masks"], np.minimum.outer(mask_sizes, mask_sizes))),
-            varm=_or_none(np.array(shares(changes))),
-            sce=_or_none(sce.mean(0)),
-            effective=tuple(_rows_or_none(_ratio(of_dtype, sums["squares"])) for of_dtype in sums["effective"]),
+            norm=or_none(norms),
+            rms=or_none(norms / math.sqrt(elements)),
+            changed=or_none(np.diag(both) / elements),
+            cosine=rows_or_none(cosines(sums["products"])),
+            both=rows_or_none(both / elements),
+            agree=rows_or_none(_ratio((both + sums["signs"]) / 2, both)),
+            conflict=rows_or_none(_ratio((both - sums["signs"]) / 2, both)),
+            split=or_none(_ratio(sums["split"], sums["touched"]).reshape(1))[0],
+            overlap=rows_or_none(_ratio(sums["in_masks"], np.minimum.outer(mask_sizes, mask_sizes))),
+            varm=or_none(np.array(shares(changes))),
+            sce=or_none(sce.mean(0)),
+            effective=tuple(rows_or_none(_ratio(of_dtype, sums["squares"])) for of_dtype in sums["effective"]),
             stable_rank=tuple(_median(of_model) for of_model in zip(*ranks, strict=True)) or (None,) * len(self.models),
-            sizes=_rows_or_none(sums["sizes"] / elements),
+            sizes=rows_or_none(sums["sizes"] / elements),
         )
 
 
 @named_options
 def compare(
     base: str | Path,
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     *,
     top_k: float = 0.2,
     alphas: Sequence[float] = (0.1, 0.3, 0.5),
     dtypes: Sequence[str] = ("bfloat16", "float16"),
     select_topk: float = 1.0,
+    run: bool = False,
+    steps: Sequence[float] = (),
     threads: int | None = None,
     progress: Progress | None = None,
     processes: bool = False,
@@ -185,11 +196,13 @@ def compare(
 
     Args:
         base: a path or hub reference.
-        models: one or more, tuned from it.
+        models: one or more, tuned from it; of a ``run`` also the folder that holds its checkpoints, or a pattern.
         top_k: share of the elements in a mask of the largest changes, in (0, 1].
         alphas: of the extrapolations whose effect after rounding is computed.
         dtypes: the float dtypes that those are rounded to.
         select_topk: SCE's share of the elements to select, in (0, 1].
+        run: take the models for the checkpoints of one training run that began with the base (see ``run_path``).
+        steps: at which they were written, with ``run``; by default those in their names.
         threads: workers, one for each core by default.
         progress: called with (bytes read, bytes in all).
         processes: fork the workers, as for ``run``.
@@ -199,12 +212,15 @@ def compare(
         Figures of each tensor, each layer and all of the model.
 
     Raises:
-        UsageError: an option is wrong, or no model is given.
+        UsageError: an option is wrong, no model is given, or the steps of a run aren't clear.
         CheckpointError: a model can't be opened, or changed while it was read.
         PlanError: no tensor can be compared.
         RunError: a file can't be read.
     """
     settings = CompareSettings(top_k, tuple(alphas), tuple(map(float_named, dtypes)), select_topk)
+    if steps and not run:
+        raise UsageError("Steps are those of a run's checkpoints: compare with --run.")
+    models, at = _in_order(*run_of(models, steps)) if run else (_several(models), ())
     if not models:
         raise UsageError("Name at least one model to compare with the base.")
     first, *others = (open_checkpoint(reference) for reference in (base, *models))
@@ -231,7 +247,24 @@ def compare(
         tuple(compared[number] for number in range(len(tensors))),
         tuple(unmatched),
         (*notes, *notes_on_rows),
+        at,
     )
+
+
+def _several(models: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(models)] if isinstance(models, str | Path) else list(map(str, models))
+
+
+def _in_order(models: Sequence[str], steps: Sequence[float]) -> tuple[list[str], tuple[float, ...]]:
+    """Return the checkpoints of a run in the order of their steps, and these.
+
+    Raises UsageError where they make no path.
+    """
+    if len(models) < 2:
+        raise UsageError("The path of a run takes two checkpoints or more.")
+    differ(step=tuple(steps))
+    ordered = sorted(zip(steps, models, strict=True))
+    return [model for _, model in ordered], tuple(step for step, _ in ordered)
 
 
 def layer_name(compared: TensorComparison) -> str:
@@ -272,7 +305,8 @@ def _by_layer(layer: tuple[str, list[TensorComparison]]) -> tuple[bool, str, int
     return tensor.layer is not None, tensor.stack or "", tensor.layer or 0
 
 
-def _cosines(products: FloatArray) -> FloatArray:
+def cosines(products: FloatArray) -> FloatArray:
+    """Return the cosine of each two vectors from their inner products; NaN where one is zero."""
     norms = np.sqrt(np.diag(products))
     return _ratio(products, np.outer(norms, norms)).clip(-1, 1)
 
@@ -283,12 +317,14 @@ def _ratio(part: FloatArray, whole: FloatArray) -> FloatArray:
         return np.asarray(np.true_divide(part, whole))
 
 
-def _or_none(values: FloatArray) -> ModelValues:
+def or_none(values: FloatArray) -> ModelValues:
+    """Return numbers as plain ones, None for what isn't finite."""
     return tuple(float(value) if math.isfinite(value) else None for value in values)
 
 
-def _rows_or_none(values: FloatArray) -> PairValues:
-    return tuple(map(_or_none, values))
+def rows_or_none(values: FloatArray) -> PairValues:
+    """Return rows of numbers as plain ones, None for what isn't finite."""
+    return tuple(map(or_none, values))
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -32,6 +32,7 @@ SMALLEST_EXPONENT, SIZE_BINS = -44, 48
 FLOAT32_BIAS, FLOAT32_FRACTION = 127, 23
 POWER_STEPS, POWER_VECTORS = 12, 4
 SYMMETRIC_SUMS = ("products", "signs", "both")  # of blocks: lower triangles, as ``_dots`` returns them
+MOST_ONE_BY_ONE = 8  # rows; of more a product of matrices takes less time, though it is twice the work
 EXACT_RANK = 64  # rows or columns up to which a matrix is decomposed instead of iterated
 
 
@@ -221,6 +222,9 @@ class DeltaMeasurement:
 
 def _dots(rows: torch.Tensor) -> FloatArray:
     """Return inner products of rows: of each with those before it and itself. Signs have exact ones, below 2²⁴."""
+    if len(rows) > MOST_ONE_BY_ONE:
+        square: FloatArray = (rows @ rows.T).double().numpy()
+        return square[np.tril_indices(len(rows))]
     each = rows.unbind()
     return np.array([torch.dot(one, other).item() for n, one in enumerate(each) for other in each[: n + 1]])
 

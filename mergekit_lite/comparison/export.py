@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from mergekit_lite.comparison import run_path
 from mergekit_lite.comparison.comparison import Comparison, DeltaFigures, layer_name, letter, looks_like
 from mergekit_lite.comparison.deltas import SMALLEST_EXPONENT
 from mergekit_lite.comparison.suggestions import CAN_NOT_TELL, how, suggestions
@@ -28,6 +29,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
             **asdict(comparison.overall),
             "looks_like": [looks_like(rms) for rms in comparison.overall.rms],
         },
+        **({"run": run_path.as_data(comparison)} if comparison.steps else {}),
         "layers": {name: asdict(figures) for name, figures in comparison.layers.items()},
         "tensors": [
             {

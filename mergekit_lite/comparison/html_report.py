@@ -8,6 +8,7 @@ from itertools import combinations
 from mergekit_lite.comparison import plots
 from mergekit_lite.comparison.comparison import Comparison, DeltaFigures, letter, looks_like
 from mergekit_lite.comparison.deltas import TensorComparison
+from mergekit_lite.comparison.run_path import by_module, path_of
 from mergekit_lite.comparison.suggestions import CAN_NOT_TELL, figure, how, percent, suggestions
 from mergekit_lite.errors import counted
 from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
@@ -16,6 +17,9 @@ MOST_ROWS = 2000  # of a table; of more tensors those that changed most are list
 PICTURES = {
     "heat_map": "RMS of the change by layer and module",
     "cosine_matrix": "Cosine between the deltas of each two models",
+    "path": "How far the run went, which way, and how much of it is one line",
+    "updates": "Cosine of each two updates of the run",
+    "modules": "How much of the run is one line, by kind of tensor",
     "histogram": "Share of the weights by the size of their change",
 }
 
@@ -43,52 +47,80 @@ def _sections(comparison: Comparison) -> Iterator[Markup]:
     yield element("h2", "Models")
     heads = ["model", "RMS(delta)", "norm", "changed", "VaRM", "SCE", "stable rank", "by its size"]
     yield table("Models", heads, ([letters[n], *_model_cells(overall, n)] for n in range(len(models))))
-    if len(models) > 1:
+    if comparison.steps:
+        yield from _path(comparison)
+    elif len(models) > 1:
         yield element("h2", "Pairs")
         heads = ["pair", "cosine", "both changed", "same sign", "opposite sign"]
         heads.append(f"overlap of the largest {100 * comparison.settings.top_k:g} %")
         pairs = combinations(range(len(models)), 2)
         yield table("Pairs", heads, ((f"{letters[i]} and {letters[j]}", *_pair_cells(overall, i, j)) for i, j in pairs))
     yield element("h2", "Alpha after rounding")
-    yield table("Alpha after rounding", ["dtype", "asked", *letters], _alpha_rows(comparison))
+    yield table(
+        "Alpha after rounding", ["dtype", "asked", *(letters[n] for n in comparison.shown)], _alpha_rows(comparison)
+    )
     for draw in plots.panels(comparison):
         title = PICTURES[draw.__name__]
         yield plot(plots.svg(comparison, draw, title), title)
     yield element("h2", "Layers")
-    heads = ["layer", *_unit_heads(letters)]
-    rows = ([name, *_unit_cells(figures)] for name, figures in comparison.layers.items())
+    heads = ["layer", *_unit_heads(comparison)]
+    rows = ([name, *_unit_cells(comparison, figures)] for name, figures in comparison.layers.items())
     yield table("Layers", heads, rows, tall=True)
     yield element("h2", "Tensors")
-    yield from _tensors(comparison, letters)
+    yield from _tensors(comparison)
     if comparison.unmatched:
         yield element("h2", "Not compared")
         unmatched = ((left.name, left.model, left.why) for left in comparison.unmatched[:MOST_ROWS])
         yield table("Not compared", ["tensor", "model", "why"], unmatched, tall=True)
 
 
-def _tensors(comparison: Comparison, letters: Sequence[str]) -> Iterator[Markup]:
+def _path(comparison: Comparison) -> Iterator[Markup]:
+    of = path_of(comparison)
+    yield element("h2", "The path of the run")
+    heads = ["checkpoint", "step", "norm", "moved", "cosine with the update before", "cosine with the last"]
+    rows: Iterator[list[Text]] = (
+        [
+            letter(number),
+            Cell(f"{step:g}", step),
+            *(Cell(figure(values[number], ".3g"), values[number]) for values in (of.norm, of.moved)),
+            *(_plain(values[number]) for values in (of.turn, of.toward)),
+            *(_share(values[number]) for values in (of.explained, of.bound)),
+        ]
+        for number, step in enumerate(of.steps)
+    )
+    yield table("The path of the run", [*heads, "one line explains", "to follow it"], rows)
+    yield element("h2", "The line by kind of tensor")
+    kinds: Iterator[list[Text]] = ([name, _share(path.explained[-1])] for name, path in by_module(comparison).items())
+    yield table("The line by kind of tensor", ["kind", "one line explains"], kinds, tall=True)
+
+
+def _tensors(comparison: Comparison) -> Iterator[Markup]:
     tensors: Sequence[TensorComparison] = comparison.tensors
     if len(tensors) > MOST_ROWS:
         tensors = comparison.most_changed
         note = f"The {MOST_ROWS:,} of {len(tensors):,} tensors that changed most; --json and --csv have all."
         yield element("p", note, class_="soft")
-    heads = ["tensor", "weights", *_unit_heads(letters)]
+    heads = ["tensor", "weights", *_unit_heads(comparison)]
     shown = ((compared.tensor, comparison.figures(compared)) for compared in tensors[:MOST_ROWS])
-    rows = ([tensor.name, Cell(f"{tensor.numel:,}", tensor.numel), *_unit_cells(of)] for tensor, of in shown)
+    rows = (
+        [tensor.name, Cell(f"{tensor.numel:,}", tensor.numel), *_unit_cells(comparison, of)] for tensor, of in shown
+    )
     yield table("Tensors", heads, rows, tall=True)
 
 
-def _unit_heads(letters: Sequence[str]) -> list[str]:
+def _unit_heads(comparison: Comparison) -> list[str]:
     """Return the column heads of ``_unit_cells``."""
+    letters = [letter(number) for number in comparison.shown]
     each = [f"{what} {name}" for what in ("RMS", "changed", "VaRM") for name in letters]
     pairs = [f"cosine {a}·{b}" for a, b in combinations(letters, 2)]
     return [*each, *pairs, "signs split"]
 
 
-def _unit_cells(figures: DeltaFigures) -> list[Text]:
-    cells = [_small(rms) for rms in figures.rms] + [_share(changed) for changed in figures.changed]
-    cells += [_plain(varm) for varm in figures.varm]
-    cells += [_plain(figures.cosine[i][j]) for i, j in combinations(range(len(figures.rms)), 2)]
+def _unit_cells(comparison: Comparison, figures: DeltaFigures) -> list[Text]:
+    shown = comparison.shown
+    cells = [_small(figures.rms[n]) for n in shown] + [_share(figures.changed[n]) for n in shown]
+    cells += [_plain(figures.varm[n]) for n in shown]
+    cells += [_plain(figures.cosine[i][j]) for i, j in combinations(shown, 2)]
     return [*cells, _share(figures.split)]
 
 
@@ -107,7 +139,7 @@ def _alpha_rows(comparison: Comparison) -> Iterator[list[Text]]:
     settings = comparison.settings
     for dtype, of_dtype in zip(settings.dtypes, comparison.overall.effective, strict=True):
         for alpha, row in zip(settings.alphas, of_dtype, strict=True):
-            yield [dtype, Cell(f"{alpha:g}", alpha), *(_plain(value, 4) for value in row)]
+            yield [dtype, Cell(f"{alpha:g}", alpha), *(_plain(row[number], 4) for number in comparison.shown)]
 
 
 def _small(value: float | None) -> Cell:

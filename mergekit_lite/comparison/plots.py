@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergekit_lite.comparison import run_plots
 from mergekit_lite.comparison.comparison import Comparison, letter
 from mergekit_lite.comparison.deltas import SIZE_BINS, SMALLEST_EXPONENT, TensorComparison
 from mergekit_lite.errors import shortened
@@ -39,7 +40,9 @@ def save(comparison: Comparison, path: Path) -> None:
 
 
 def panels(comparison: Comparison) -> list[Draw]:
-    """Return the functions that draw the panels; cosines only for several models."""
+    """Return the functions that draw the panels; cosines only for several models, for a run those of its updates."""
+    if comparison.steps:
+        return [run_plots.path, run_plots.updates, run_plots.modules, heat_map, histogram]
     return [heat_map, *([cosine_matrix] if len(comparison.models) > 1 else []), histogram]
 
 
@@ -53,7 +56,7 @@ def heat_map(figure: FigureBase, comparison: Comparison) -> None:
     from matplotlib.colors import LogNorm
 
     layers, modules, outside = _cells(comparison)
-    values = [_rms(comparison, number) for number in range(len(comparison.models))]
+    values = [_rms(comparison, number) for number in comparison.shown]
     sizes = [size for of_model in values for size in of_model.values() if size > 0]
     norm = LogNorm(min(sizes), max(*sizes, min(sizes) * 1.01)) if sizes else LogNorm(1e-9, 1e-8)
     figure.suptitle("RMS of the change, by layer and module", fontsize=12)
@@ -70,7 +73,7 @@ def heat_map(figure: FigureBase, comparison: Comparison) -> None:
                 empty.set_visible(False)
             continue
         rms = values[cell]
-        axes[0].set_title(f"{letter(cell)} − base", fontsize=10)
+        axes[0].set_title(f"{letter(comparison.shown[cell])} − base", fontsize=10)
         first = column == 0
         if layers:
             inside = np.array([[rms.get((layer, module), math.nan) for module in modules] for layer in layers])
@@ -115,10 +118,11 @@ def histogram(figure: FigureBase, comparison: Comparison) -> None:
     axes = figure.subplots()
     overall = comparison.overall
     edges = 2.0 ** np.arange(SMALLEST_EXPONENT, SMALLEST_EXPONENT + SIZE_BINS + 1)
-    for number, shares in enumerate(np.array(overall.sizes, dtype=float)):
+    drawn = np.array(overall.sizes, dtype=float)[comparison.shown]
+    for number, shares in zip(comparison.shown, drawn, strict=True):
         label = f"{letter(number)} ({100 * shares[0]:.1f} % of the weights unchanged)"
         axes.stairs(100 * shares[1:], edges, label=label, color=COLOURS[number % len(COLOURS)], linewidth=1.6)
-    seen = np.nonzero(np.array(overall.sizes, dtype=float)[:, 1:].max(0) > 1e-4)[0]
+    seen = np.nonzero(drawn[:, 1:].max(0) > 1e-4)[0]
     if len(seen):
         axes.set_xlim(edges[seen[0]] / 2, edges[seen[-1] + 1] * 2)
     axes.set_xscale("log")
@@ -179,7 +183,13 @@ def _end(reference: str) -> str:
 
 def _height(comparison: Comparison, draw: Draw) -> float:
     """Return the height of a panel in inches."""
-    models = len(comparison.models)
+    models = len(comparison.shown)
+    if draw is run_plots.path:
+        return run_plots.PATH_HEIGHT
+    if draw is run_plots.updates:
+        return run_plots.UPDATES_HEIGHT
+    if draw is run_plots.modules:
+        return run_plots.modules_height(comparison)
     if draw is heat_map:
         inside = _inside_height(len(_cells(comparison)[0]))
         return 0.5 + (LABELS_HEIGHT + OUTSIDE_HEIGHT + inside) * -(-models // 2)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations
+from statistics import median
 
 from mergekit_lite.comparison.comparison import BANDS, Comparison, letter, looks_like
+from mergekit_lite.comparison.run_path import path_of
 from mergekit_lite.comparison.survey import LEAST_SAMPLE, SAMPLE_COLUMNS, SAMPLE_ROWS
 from mergekit_lite.errors import counted
 
@@ -25,7 +27,7 @@ def suggestions(comparison: Comparison) -> list[str]:
     """Return what the figures suggest, a sentence or two each."""
     return [
         *_sizes(comparison),
-        *_directions(comparison),
+        *(_path(comparison) if comparison.steps else _directions(comparison)),
         *_rounding(comparison),
         *_places(comparison),
         *_ranks(comparison),
@@ -58,7 +60,8 @@ def percent(share: float | None) -> str:
 
 def _sizes(comparison: Comparison) -> Iterator[str]:
     overall = comparison.overall
-    for number, (rms, changed) in enumerate(zip(overall.rms, overall.changed, strict=True)):
+    for number in comparison.shown:
+        rms, changed = overall.rms[number], overall.changed[number]
         what = looks_like(rms)
         name = letter(number)
         if rms == 0:
@@ -92,14 +95,37 @@ def _directions(comparison: Comparison) -> Iterator[str]:
         )
 
 
+def _path(comparison: Comparison) -> Iterator[str]:
+    path = path_of(comparison)
+    if path.is_line is None:
+        return
+    share, bound = percent(path.explained[-1]), percent(path.bound[-1])
+    if path.is_line:
+        yield (
+            f"One line explains {share} of the checkpoints' variance. From {bound} on, at these steps, it is a licence "
+            "to follow it: extrapolate --to-step, or boost --tune to_step=LOW:HIGH to measure how far."
+        )
+    else:
+        yield (
+            f"One line explains {share} of the checkpoints' variance. Below {bound}, at these steps, the run wandered "
+            "further than it went in any direction: don't follow it, average its end (merge_method: schedule_average)."
+        )
+    turns = [turn for turn in path.turn if turn is not None]
+    if turns:
+        yield (
+            f"An update and the one before it have a cosine of {figure(median(turns), '.2f')} in the median: "
+            + ("the run still goes one way." if median(turns) > RELATED else "each goes a way of its own.")
+        )
+
+
 def _rounding(comparison: Comparison) -> Iterator[str]:
     settings, overall = comparison.settings, comparison.overall
     for dtype, of_dtype in zip(settings.dtypes, overall.effective, strict=True):
         far = [
             f"{alpha:g} of {letter(number)} becomes {effective:.3f}"
             for alpha, row in zip(settings.alphas, of_dtype, strict=True)
-            for number, effective in enumerate(row)
-            if effective is not None and abs(effective - alpha) > ALPHA_TOLERANCE * abs(alpha)
+            for number in comparison.shown
+            if (effective := row[number]) is not None and abs(effective - alpha) > ALPHA_TOLERANCE * abs(alpha)
         ]
         if far:
             yield (
@@ -112,7 +138,7 @@ def _places(comparison: Comparison) -> Iterator[str]:
     layers = comparison.layers
     if len(layers) < 3:
         return
-    for number in range(len(comparison.models)):
+    for number in comparison.shown:
         by_size = sorted(((figures.rms[number] or 0.0), name) for name, figures in layers.items())
         (least, lowest), (most, highest) = by_size[0], by_size[-1]
         if most > 2 * least > 0:
@@ -125,8 +151,8 @@ def _places(comparison: Comparison) -> Iterator[str]:
 def _ranks(comparison: Comparison) -> Iterator[str]:
     low = [
         f"{letter(number)} (median {rank:.1f})"
-        for number, rank in enumerate(comparison.overall.stable_rank)
-        if rank is not None and rank < LOW_RANK
+        for number in comparison.shown
+        if (rank := comparison.overall.stable_rank[number]) is not None and rank < LOW_RANK
     ]
     if low:
         yield (

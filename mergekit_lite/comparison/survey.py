@@ -29,6 +29,7 @@ SAMPLING_RATIO = 32  # in large models one element in 32 is in the sample
 LEAST_SAMPLE = 1 << 14  # elements; a sample is no smaller
 SMALL_MODEL = 1 << 23  # elements of a model up to which every tensor has the largest sample
 WIDEST_ROW = CHUNK  # elements; longer rows are cut
+FULL_WIDTH = 16  # models; of more, pieces and samples are shorter, so that memory doesn't grow with them
 MAX_UNSHARED_SECTIONS = 8  # a tensor of more sections is shared by the workers
 
 LARGEST = "largest"  # name of the one figure that is a maximum, not a sum
@@ -131,7 +132,7 @@ def grid(tensor: SharedTensor, small: bool) -> tuple[range, range]:
 
     A vector is one row. Of a tensor with more than two dimensions all but the last one count as rows.
     """
-    most = SAMPLE_ROWS * SAMPLE_COLUMNS
+    most = SAMPLE_ROWS * SAMPLE_COLUMNS // -(-len(tensor.specs) // FULL_WIDTH)
     wanted = most if small else min(most, max(LEAST_SAMPLE, tensor.numel // SAMPLING_RATIO))
     rows, columns = (1, tensor.numel) if len(tensor.shape) < 2 else (tensor.numel // tensor.row, tensor.row)
     height = math.isqrt(wanted // 2)  # twice as many columns as rows, unless the tensor is shorter or narrower
@@ -151,8 +152,9 @@ class _TensorScan(Generic[Measured]):
     def __init__(self, tensor: SharedTensor, measurement: Measurement[Measured], sample: tuple[range, range]) -> None:
         self.tensor, self.measurement, self._sample = tensor, measurement, sample
         row = tensor.row if 0 < tensor.row <= WIDEST_ROW else 1
-        self._block = max(1, STATISTICS_BLOCK // row) * row
-        self.chunk = min(max(self._block, CHUNK // self._block * self._block), tensor.numel)
+        times = -(-len(tensor.specs) // FULL_WIDTH)
+        self._block = max(1, STATISTICS_BLOCK // times // row) * row
+        self.chunk = min(max(self._block, CHUNK // times // self._block * self._block), tensor.numel)
         section = max(1, SECTION // self._block) * self._block
         sections = [(begin, begin + count) for begin, count in cut(0, tensor.numel, section)]
         self.tasks = [sections] if len(sections) <= MAX_UNSHARED_SECTIONS else [[one] for one in sections]

@@ -55,7 +55,7 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
     statistics = {type(request.of) for request in _requests(plan)}
     runtime += NUMPY if statistics and runtime == PYTHON else 0
     buffers += COUNTING * plan.most_inputs if op.CountUpperBits in statistics and on_cpu else 0
-    buffers += DOUBLE * _most_held(plan) if on_cpu else 0
+    buffers += DOUBLE * most_held(plan) if on_cpu else 0
     runtime += UPLOADING if any(isinstance(output, Place) for output in plan.outputs) else 0
     return runtime + factors + workers * buffers + PER_TENSOR * len(plan.jobs)
 
@@ -81,7 +81,7 @@ def _requests(plan: Plan) -> Iterator[Reduction]:
             yield request
 
 
-def _most_held(plan: Plan) -> int:
+def most_held(plan: Plan) -> int:
     """Return the most numbers of float64 that a worker holds of a tensor that its method needs whole."""
     # Layers are alike: one of them is enough.
     alike = {(job.method, job.shape, NUMBER.sub("", job.name)): job for job in plan.merged}

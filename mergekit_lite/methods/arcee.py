@@ -19,6 +19,7 @@ from mergekit_lite.methods.statistics import largest
 
 
 @method(
+    given="fine-tunes",
     models=(1, 1),
     rows=last_axis,
     formula="x where |x − base|·KL(row) ≥ q₂ + 1.5·(q₃ − q₁), else base",

@@ -16,7 +16,7 @@ from mergekit_lite.methods.registry import method
 from mergekit_lite.ops.torch_ops import deltas, weighted_sum
 
 
-@method(models=(1, 1), formula="base + clamp(x − base, −t, t)", source="Alchemonaut, mergekit")
+@method(given="fine-tunes", models=(1, 1), formula="base + clamp(x − base, −t, t)", source="Alchemonaut, mergekit")
 def nearswap(info: TensorInfo, *, t: NotNegative) -> Merge:
     """Go from the base to the model, but in no element further than ``t``.
 
@@ -28,7 +28,9 @@ def nearswap(info: TensorInfo, *, t: NotNegative) -> Merge:
     return lambda block, _: (block[1] - block[0]).clamp_(-t, t).add_(block[0])
 
 
-@method(formula="base + lambda·(δ with the largest |δ|)", source="Marczak et al. 2024, arXiv 2407.06322")
+@method(
+    given="fine-tunes", formula="base + lambda·(δ with the largest |δ|)", source="Marczak et al. 2024, arXiv 2407.06322"
+)
 def magmax(info: TensorInfo, *, lambda_: float = 1.0) -> Merge:
     """Add per element the delta of the model that changed it most; of equal ones the first model's.
 
@@ -47,7 +49,9 @@ def magmax(info: TensorInfo, *, lambda_: float = 1.0) -> Merge:
 
 
 @method(
-    formula="base + lambda·Σδ·[at least agree of |δ| ≥ threshold·|Σδ − δ|]", source="Wang et al. 2024, arXiv 2405.07813"
+    given="fine-tunes",
+    formula="base + lambda·Σδ·[at least agree of |δ| ≥ threshold·|Σδ − δ|]",
+    source="Wang et al. 2024, arXiv 2405.07813",
 )
 def consensus(
     info: TensorInfo, *, threshold: PerModel[float] = (0.4,), agree: Count = 2, lambda_: float = 1.0
@@ -73,7 +77,7 @@ def consensus(
     return combine
 
 
-@method(formula="base + Σ δ·[|δ| > epsilon] / (how many are)", source="arXiv 2601.13572")
+@method(given="fine-tunes", formula="base + Σ δ·[|δ| > epsilon] / (how many are)", source="arXiv 2601.13572")
 def ram(info: TensorInfo, *, epsilon: NotNegative = 1e-5) -> Merge:
     """Keep what one model changed, average what several did.
 
@@ -84,7 +88,9 @@ def ram(info: TensorInfo, *, epsilon: NotNegative = 1e-5) -> Merge:
 
 
 @method(
-    formula="as ram; what one model alone changed times 1 + r·clamp(shared/unique, 0, alpha)", source="arXiv 2601.13572"
+    given="fine-tunes",
+    formula="as ram; what one model alone changed times 1 + r·clamp(shared/unique, 0, alpha)",
+    source="arXiv 2601.13572",
 )
 def ramplus_tl(info: TensorInfo, *, epsilon: NotNegative = 1e-5, r: float = 0.1, alpha: float = 0.2) -> Steps:
     """Merge as ``ram``, and enlarge what one model alone changed, by how much of its change in the tensor is shared.

@@ -21,6 +21,7 @@ from mergekit_lite.ops.operations import Step
 
 
 @method(
+    given="fine-tunes",
     formula="aligned + alpha·(aligned − sft)",
     source="Zheng et al. 2025, arXiv 2404.16792",
     models=(1, 1),

@@ -33,7 +33,13 @@ def have_a_mean(
         shares(weight)
 
 
-@method(base="optional", check=have_a_mean, formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
+@method(
+    given="models",
+    base="optional",
+    check=have_a_mean,
+    formula="Σ w·x / Σ w",
+    source="Wortsman et al. 2022, arXiv 2203.05482",
+)
 def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True) -> Merge:
     """Take the weighted sum of the inputs; a base is one of them.
 
@@ -48,13 +54,13 @@ def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True)
     return WeightedSum(weights, divisor=sum(weights))
 
 
-@method(base="optional", formula="mean of x", source="Wortsman et al. 2022, arXiv 2203.05482")
+@method(given="models", base="optional", formula="mean of x", source="Wortsman et al. 2022, arXiv 2203.05482")
 def uniform_soup(info: TensorInfo) -> Merge:
     """Take the plain mean of the inputs; a base is one of them."""
     return linear(info, weight=(1.0,) * info.inputs)
 
 
-@method(base="optional", formula="m ← decay·m + (1 − decay)·x, in order", source="Polyak & Juditsky 1992")
+@method(given="run", base="optional", formula="m ← decay·m + (1 − decay)·x, in order", source="Polyak & Juditsky 1992")
 def ema(info: TensorInfo, *, decay: Share = 0.9) -> Merge:
     """Take the exponential moving average of checkpoints in their order, from the first one (the base, if any) on.
 
@@ -66,7 +72,9 @@ def ema(info: TensorInfo, *, decay: Share = 0.9) -> Merge:
     return linear(info, weight=weights, normalize=False)
 
 
-@method(models=(1, 1), formula="(1 − alpha)·base + alpha·x", source="Wortsman et al., arXiv 2109.01903")
+@method(
+    given="fine-tunes", models=(1, 1), formula="(1 − alpha)·base + alpha·x", source="Wortsman et al., arXiv 2109.01903"
+)
 def wise_ft(info: TensorInfo, *, alpha: float = 0.5) -> Merge:
     """Interpolate between a base and its fine-tune.
 
@@ -76,7 +84,9 @@ def wise_ft(info: TensorInfo, *, alpha: float = 0.5) -> Merge:
     return step_from(0, alpha) if alpha < 0.5 else step_from(1, 1 - alpha)  # from the nearer end: both are met exactly
 
 
-@method(models=(2, 2), formula="x₁ + scale·(x₂ − base)", source="Huang et al. 2024, arXiv 2310.04799")
+@method(
+    given="fine-tunes", models=(2, 2), formula="x₁ + scale·(x₂ − base)", source="Huang et al. 2024, arXiv 2310.04799"
+)
 def chat_vector(info: TensorInfo, *, scale: float = 1.0) -> Merge:
     """Add to a model, say one trained on in another language, what a chat model learnt over their common base.
 
@@ -87,7 +97,7 @@ def chat_vector(info: TensorInfo, *, scale: float = 1.0) -> Merge:
     return WeightedSum((1.0, scale), from_base=True)
 
 
-@method(base="none", models=(1, 1), formula="scale·x", source="mergekit")
+@method(given="models", base="none", models=(1, 1), formula="scale·x", source="mergekit")
 def passthrough(info: TensorInfo, *, scale: PerInput[float] = (1.0,)) -> Merge:
     """Pass one model's tensor through as it is, or scaled.
 

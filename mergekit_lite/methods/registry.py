@@ -14,6 +14,14 @@ from mergekit_lite.ops.operations import Figures
 
 METHODS: dict[str, Method] = {}
 
+Given = Literal["run", "fine-tunes", "models", "data"]
+GIVEN: Mapping[Given, str] = {  # what a user has, by which lists of methods are grouped; the order is theirs
+    "run": "checkpoints of one training run",
+    "fine-tunes": "fine-tunes of one base",
+    "models": "models of one shape, with a base in common or not",
+    "data": "fine-tunes of one base, and data of their tasks",
+}
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -26,6 +34,7 @@ class Method:
         function: ``(info, **parameters)`` to what merges a block, or to the steps that lead there (see ``contract``).
         formula: one line for listings.
         source: the paper.
+        given: what a user has who takes it, a key of ``GIVEN``.
         base: whether a base is ``required``, ``optional`` or must be ``none``.
         models: the fewest and the most models without the base; None for any number.
         rows: None where a tensor may be cut anywhere and blocks are 1-D. Else a function of shape and parameters that
@@ -41,6 +50,7 @@ class Method:
     function: Callable[..., Any]
     formula: str
     source: str
+    given: Given
     base: Literal["required", "optional", "none"] = "required"
     models: tuple[int, int | None] = (1, None)
     rows: Callable[..., int] | None = None

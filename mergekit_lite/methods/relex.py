@@ -40,6 +40,7 @@ def differ(*, step: tuple[float, ...], **_: object) -> None:
 
 
 @method(
+    given="run",
     models=(2, None),
     formula="base + ℓ(to_step)·Σ uᵢ·(xᵢ − base)",
     source="RELEX 2026, arXiv 2605.21468",

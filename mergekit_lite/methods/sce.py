@@ -38,7 +38,9 @@ from mergekit_lite.ops.torch_ops import deltas
 
 
 @method(
-    formula="base + Σ η·δ·[sign elected] / Σ η·[sign elected], η ∝ Σ δ²", source="Wan et al. 2024, arXiv 2408.07990"
+    given="fine-tunes",
+    formula="base + Σ η·δ·[sign elected] / Σ η·[sign elected], η ∝ Σ δ²",
+    source="Wan et al. 2024, arXiv 2408.07990",
 )
 def sce(
     info: TensorInfo, *, select_topk: Share = 1.0, variant: Literal["mergekit", "fusechat", "paper"] = "mergekit"

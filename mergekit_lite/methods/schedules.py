@@ -44,6 +44,7 @@ def have_a_mean(*, schedule: Schedule, weight: tuple[float, ...]) -> None:
 
 
 @method(
+    given="run",
     base="none",
     check=have_a_mean,
     formula="Σ c·x, Σ c = 1, c by the schedule",

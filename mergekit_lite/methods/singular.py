@@ -62,7 +62,7 @@ TSV = "Gargiulo et al. 2025, arXiv 2412.00081"
 ISO = "Marczak et al. 2025, arXiv 2502.04959"
 
 
-@method(formula="base + lambda·mean(S)·U Vᵀ, U S Vᵀ = Σδ", source=ISO)
+@method(given="fine-tunes", formula="base + lambda·mean(S)·U Vᵀ, U S Vᵀ = Σδ", source=ISO)
 def iso_c(info: TensorInfo, *, lambda_: Lambda = 1.0, matrices: Matrices = "linear") -> Merge | Steps:
     """Give all directions of the summed deltas the same strength, their mean. Experimental."""
     if not is_taken(info, matrices):
@@ -70,7 +70,11 @@ def iso_c(info: TensorInfo, *, lambda_: Lambda = 1.0, matrices: Matrices = "line
     return added(lambda deltas: isotropic(deltas.total()), 4 * info.numel + 4 * min(info.shape) ** 2, lambda_)
 
 
-@method(formula="base + lambda·polar(U₁ … U_N)·diag(S₁ … S_N)·polar(V₁ … V_N)ᵀ, U S Vᵀ of each δ", source=TSV)
+@method(
+    given="fine-tunes",
+    formula="base + lambda·polar(U₁ … U_N)·diag(S₁ … S_N)·polar(V₁ … V_N)ᵀ, U S Vᵀ of each δ",
+    source=TSV,
+)
 def tsv(
     info: TensorInfo, *, lossless: bool = False, lambda_: Lambda = 1.0, matrices: Matrices = "linear"
 ) -> Merge | Steps:
@@ -92,7 +96,9 @@ def _decorrelated(deltas: Deltas, count: int) -> torch.Tensor:
     return (polar(left) * values) @ polar(right).mT
 
 
-@method(formula="base + lambda·mean(S)·polar(U)·polar(V)ᵀ, U S Vᵀ common and of each model", source=ISO)
+@method(
+    given="fine-tunes", formula="base + lambda·mean(S)·polar(U)·polar(V)ᵀ, U S Vᵀ common and of each model", source=ISO
+)
 def iso_cts(
     info: TensorInfo, *, common_space_fraction: Share = 0.8, lambda_: Lambda = 1.0, matrices: Matrices = "linear"
 ) -> Merge | Steps:
@@ -123,7 +129,7 @@ def _common_and_own(deltas: Deltas, common: int, own: int) -> torch.Tensor:
     return (polar(left) @ polar(right).mT).mul_(values.mean())
 
 
-@method(formula="base + δ̄ + lambda·Σ top p of (δ − δ̄), δ̄ = mean(δ)", source="arXiv 2509.17786")
+@method(given="fine-tunes", formula="base + δ̄ + lambda·Σ top p of (δ − δ̄), δ̄ = mean(δ)", source="arXiv 2509.17786")
 def cart(
     info: TensorInfo, *, p: Share = 0.04, lambda_: Deviation = 1.0, matrices: Matrices = "linear"
 ) -> Merge | Steps:

@@ -53,7 +53,7 @@ def _products(vectors: Block, axis: int) -> torch.Tensor:
     return torch.stack([(x * y).sum(axis) for x, y in ((a, a), (b, b), (a, b))])
 
 
-@method(models=(1, 1), formula="(sin((1−t)θ)·base + sin(tθ)·x) / sin θ", source="Shoemake 1985")
+@method(given="models", models=(1, 1), formula="(sin((1−t)θ)·base + sin(tθ)·x) / sin θ", source="Shoemake 1985")
 def slerp(info: TensorInfo, *, t: float) -> Steps:
     """Interpolate between the base and one model along the sphere, each tensor as one vector.
 
@@ -72,6 +72,7 @@ def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_
 
 
 @method(
+    given="models",
     base="optional",
     models=(2, 2),
     rows=_nuslerp_rows,
@@ -113,7 +114,9 @@ def nuslerp(
     return by_rows
 
 
-@method(base="optional", check=have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
+@method(
+    given="models", base="optional", check=have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit"
+)
 def multislerp(
     info: TensorInfo, *, weight: PerModel[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
 ) -> Steps:
@@ -136,7 +139,11 @@ def multislerp(
 
 
 @method(
-    base="optional", check=have_a_mean, formula="Karcher mean of the directions · mean length", source="Karcher 1977"
+    given="models",
+    base="optional",
+    check=have_a_mean,
+    formula="Karcher mean of the directions · mean length",
+    source="Karcher 1977",
 )
 def karcher(
     info: TensorInfo, *, weight: PerInput[float] = (1.0,), max_iter: Count = 10, tol: NotNegative = 1e-5
@@ -190,7 +197,13 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
     return mean
 
 
-@method(base="optional", check=have_a_mean, formula="argmin Σ w·|x − m|", source="Weiszfeld 1937; Vardi & Zhang 2000")
+@method(
+    given="models",
+    base="optional",
+    check=have_a_mean,
+    formula="argmin Σ w·|x − m|",
+    source="Weiszfeld 1937; Vardi & Zhang 2000",
+)
 def geometric_median(
     info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
 ) -> Merge | Steps:

@@ -38,7 +38,13 @@ def _filters(shape: tuple[int, ...], *, filter_wise: bool) -> int:
     return math.prod(shape[1:] if len(shape) > 1 else shape) if filter_wise else 0
 
 
-@method(models=(2, None), rows=_filters, formula="base + t·mean(x − base)", source="Jang et al. 2024, arXiv 2403.19522")
+@method(
+    given="fine-tunes",
+    models=(2, None),
+    rows=_filters,
+    formula="base + t·mean(x − base)",
+    source="Jang et al. 2024, arXiv 2403.19522",
+)
 def model_stock(info: TensorInfo, *, filter_wise: bool = False) -> Steps:
     """Take the mean of at least two fine-tunes, drawn back to their base the more, the wider the angle between them.
 

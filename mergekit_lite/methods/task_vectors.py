@@ -71,7 +71,7 @@ def _stay_probabilities(*, density: PerModel[float], epsilon: PerModel[float], *
             )
 
 
-@method(formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
+@method(given="fine-tunes", formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
 def task_arithmetic(info: TensorInfo, *, weight: Weight, normalize: bool = False, lambda_: Lambda = 1.0) -> Merge:
     """Add the models' deltas to the base.
 
@@ -81,7 +81,7 @@ def task_arithmetic(info: TensorInfo, *, weight: Weight, normalize: bool = False
     return _added((), (1.0,) * info.models, weight, normalize, lambda_)
 
 
-@method(formula=ELECTED.format("top"), source=TIES)
+@method(given="fine-tunes", formula=ELECTED.format("top"), source=TIES)
 def ties(
     info: TensorInfo,
     *,
@@ -98,7 +98,7 @@ def ties(
     return _elected(masks, factors, weight, normalize, lambda_)
 
 
-@method(formula=ADDED.format("inliers"), source=CRUMBS)
+@method(given="fine-tunes", formula=ADDED.format("inliers"), source=CRUMBS)
 def breadcrumbs(
     info: TensorInfo,
     *,
@@ -116,7 +116,7 @@ def breadcrumbs(
     return _added(masks, factors, weight, normalize, lambda_)
 
 
-@method(formula=ELECTED.format("inliers"), source=CRUMBS)
+@method(given="fine-tunes", formula=ELECTED.format("inliers"), source=CRUMBS)
 def breadcrumbs_ties(
     info: TensorInfo,
     *,
@@ -134,7 +134,7 @@ def breadcrumbs_ties(
     return _elected(masks, factors, weight, normalize, lambda_)
 
 
-@method(formula=ADDED.format("drop"), source=DARE)
+@method(given="fine-tunes", formula=ADDED.format("drop"), source=DARE)
 def dare_linear(
     info: TensorInfo,
     *,
@@ -150,7 +150,7 @@ def dare_linear(
     return _added(masks, factors, weight, normalize, lambda_)
 
 
-@method(formula=ELECTED.format("drop"), source=DARE)
+@method(given="fine-tunes", formula=ELECTED.format("drop"), source=DARE)
 def dare_ties(
     info: TensorInfo,
     *,
@@ -166,7 +166,7 @@ def dare_ties(
     return _elected(masks, factors, weight, normalize, lambda_)
 
 
-@method(rows=last_axis, check=_stay_probabilities, formula=ELECTED.format("drop"), source=DELLA)
+@method(given="fine-tunes", rows=last_axis, check=_stay_probabilities, formula=ELECTED.format("drop"), source=DELLA)
 def della(
     info: TensorInfo,
     *,
@@ -183,7 +183,7 @@ def della(
     return _elected(masks, factors, weight, normalize, lambda_)
 
 
-@method(rows=last_axis, check=_stay_probabilities, formula=ADDED.format("drop"), source=DELLA)
+@method(given="fine-tunes", rows=last_axis, check=_stay_probabilities, formula=ADDED.format("drop"), source=DELLA)
 def della_linear(
     info: TensorInfo,
     *,

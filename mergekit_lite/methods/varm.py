@@ -32,7 +32,7 @@ IN_LAYER = re.compile(r"(?P<layer>(?:[^.]+\.)*?\d+)\.(?P<module>[^.]+)")
 Measure = Literal["square", "abs"]
 
 
-@method(formula="base + Σ w·δ, w ∝ mean δ²", source="Wan et al. 2024, arXiv 2402.16107")
+@method(given="fine-tunes", formula="base + Σ w·δ, w ∝ mean δ²", source="Wan et al. 2024, arXiv 2402.16107")
 def varm(
     info: TensorInfo,
     *,

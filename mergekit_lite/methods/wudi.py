@@ -30,7 +30,9 @@ from mergekit_lite.methods.registry import method
 RATE, MOMENTUM, SQUARES, EPSILON = 1e-5, 0.9, 0.999, 1e-8  # of the released Adam
 
 
-@method(formula="base + argmin Σ |(τ − δ)·δᵀ|² / |δ|²", source="Cheng et al. 2025, arXiv 2503.08099")
+@method(
+    given="fine-tunes", formula="base + argmin Σ |(τ − δ)·δᵀ|² / |δ|²", source="Cheng et al. 2025, arXiv 2503.08099"
+)
 def wudi(
     info: TensorInfo,
     *,

@@ -6,35 +6,21 @@ method over a base of zeros, and written as factors with the scale 1. What an ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
-from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.adapters.factors import Factors
-from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
-from mergekit_lite.checkpoint.reader import Reader, bytes_of
-from mergekit_lite.engine.buffers import CPU, WorkerBuffers
-from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
-from mergekit_lite.engine.schedule import Progress, expect_elements
-from mergekit_lite.errors import NonFiniteError
-from mergekit_lite.layout import Layout
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.methods.in_memory import merge_tensors
 from mergekit_lite.options import named_options
-from mergekit_lite.output.journal import Record
-from mergekit_lite.output.publishing import check_target
-from mergekit_lite.output.working_folder import WorkingFolder, as_run_errors
-from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
-from mergekit_lite.vectors import peft_folder
-from mergekit_lite.vectors.adapter_plan import AdapterModule, AdapterPlan, plan_adapters
-from mergekit_lite.vectors.extracted import Extracted, StoredTensor, manifest_text
-from mergekit_lite.vectors.extraction import digest_of_part
-from mergekit_lite.vectors.finished import published
-from mergekit_lite.vectors.spaces import Product, SpaceName, core_space, knots_space
+from mergekit_lite.vectors.adapter_plan import AdapterPlan, plan_adapters
+from mergekit_lite.vectors.adapter_writing import AdapterModule, read_product, write_adapter
+from mergekit_lite.vectors.extracted import Extracted
+from mergekit_lite.vectors.spaces import Cut, SpaceName, core_space, knots_space
 
 
 @named_options
@@ -88,78 +74,14 @@ def combine_adapters(
     return run_adapters(plan, threads=threads, resume=resume, force=force, sync=sync, progress=progress)
 
 
-def run_adapters(
-    plan: AdapterPlan,
-    *,
-    threads: int | None = None,
-    resume: bool = False,
-    force: bool = False,
-    sync: bool = False,
-    progress: Progress | None = None,
-) -> Extracted:
-    """Carry out a plan; see ``combine_adapters``."""
-    recorded, layout = plan.recorded, plan.layout
-    sources = [(str(one.file.path), one.file.size, one.file.mtime_ns) for one in plan.adapters]
-    if resume and (done := published(plan.output, recorded, sources, force=force, sync=sync)) is not None:
-        return done
-    check_target(plan.output, [one.path for one in plan.adapters], resume=resume, force=force)
-    with ExitStack() as stack:
-        target = stack.enter_context(WorkingFolder(plan.output, fresh=force and not resume))
-        stack.enter_context(as_run_errors(target.path))
-        names = [manifest_path(plan.output).name, ADAPTER_CONFIG]
-        workspace = OutputWorkspace(target, layout, recorded["plan"], sources, names)
-        try:
-            with tuned_process():
-                records = dict(_carried_out(plan, workspace, threads or available_cores(), progress))
-            result = _result(plan, layout, records)
-            digests = {
-                name: digest
-                for module in plan.modules
-                for name, digest in zip(module.names, records[module.name].output.split(), strict=True)
-            }
-            with workspace.adding_companions() as folder:
-                text = manifest_text(result, recorded, folder / peft_folder.WEIGHTS, digests)
-                (folder / manifest_path(plan.output).name).write_bytes(text.encode())
-                _write_config(plan, folder)
-            workspace.publish(force=force, sync=sync)
-        finally:
-            workspace.close()
-    return result
+def run_adapters(plan: AdapterPlan, **how: Any) -> Extracted:
+    """Carry out a plan; see ``combine_adapters`` for what else it takes."""
+    return write_adapter(plan, partial(_combined, plan), **how)
 
 
-def _carried_out(
-    plan: AdapterPlan, workspace: OutputWorkspace, threads: int, progress: Progress | None
-) -> Iterator[tuple[str, Record]]:
-    """Combine every module, on all threads; yield its name and the journal's record of it."""
-    done, in_all = 0, sum(module.nbytes for module in plan.modules)
-
-    def work(_: WorkerBuffers, reader: Reader, numbered: tuple[int, AdapterModule]) -> tuple[AdapterModule, Record]:
-        return numbered[1], _combined(plan, *numbered, reader, workspace)
-
-    def expect(reader: Reader, numbered: tuple[int, AdapterModule]) -> None:
-        specs = [spec for part in numbered[1].parts if part is not None for spec in (part.a, part.b)]
-        expect_elements(reader, [([spec], 0, spec.numel) for spec in specs])
-
-    pool = Pool(threads, [CPU], 0, 0)
-    for module, record in pool.run(list(enumerate(plan.modules)), work, expect, size=lambda pair: pair[1].nbytes):
-        workspace.done(record)
-        done += module.nbytes
-        if progress is not None:
-            progress(done, in_all)
-        yield module.name, record
-
-
-def _combined(
-    plan: AdapterPlan, number: int, module: AdapterModule, reader: Reader, workspace: OutputWorkspace
-) -> Record:
-    """Combine one module and write its factors, unless an earlier run did."""
-    places = {tensor.name: tensor.nbytes for tensor in workspace.layout.files[0].tensors}
-    earlier = workspace.record(number, 0)
-    if earlier is not None and earlier.output == " ".join(
-        digest_of_part(workspace, name, places[name]) for name in module.names
-    ):
-        return earlier
-    products = [None if part is None else _product(part, reader) for part in module.parts]
+def _combined(plan: AdapterPlan, module: AdapterModule, reader: Reader) -> Cut:
+    """Combine one module."""
+    products = [None if part is None else read_product(part, reader) for part in module.parts]
     space = (core_space if plan.space == "core" else knots_space)([one for one in products if one is not None])
     own = iter(space.tasks)
     nothing = torch.zeros_like(space.tasks[0])
@@ -167,58 +89,4 @@ def _combined(
     base = None if plan.method.merges_base else nothing
     weight = f"{module.name}.weight"
     merged = merge_tensors(plan.method.name, base, tasks, tensor_name=weight, seed=plan.seed, **plan.parameters)
-    cut = space.outside(merged, module.rank)
-    digests = []
-    for name, factor, axis in zip(module.names, (cut.product.a, cut.product.b), (0, 1), strict=True):
-        values = _padded(factor, axis, module.rank).to(dtypes.torch_dtype(plan.dtype)).contiguous()
-        if not bool(torch.isfinite(values).all()):
-            raise NonFiniteError(f"{module.name}: its merged factors are NaN or infinite in {plan.dtype}.")
-        data = bytes_of(values)
-        workspace.write(name, 0, data)
-        digests.append(xxhash.xxh3_128_hexdigest(data))
-    return Record(number, 0, (), " ".join(digests), (cut.square, cut.lost), ())
-
-
-def _product(part: Factors, reader: Reader) -> Product:
-    """Read the factors of one product. Raises RunError, NonFiniteError."""
-    factors = []
-    for spec in (part.b, part.a):
-        values = spec.elements(reader, 0, spec.numel).view(spec.shape).double()
-        if not bool(torch.isfinite(values).all()):
-            raise NonFiniteError(f"NaN or infinity in {spec.name} ({spec.file}): it has no singular values.")
-        factors.append(values)
-    return Product(factors[0] * part.scale, factors[1])
-
-
-def _padded(factor: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
-    """Return a factor of the planned rank, with zeros for directions that the products turned out not to have."""
-    missing = rank - factor.shape[axis]
-    if not missing:
-        return factor
-    shape = [*factor.shape]
-    shape[axis] = missing
-    return torch.cat([factor, factor.new_zeros(shape)], axis)
-
-
-def _result(plan: AdapterPlan, layout: Layout, records: Mapping[str, Record]) -> Extracted:
-    sizes = {tensor.name: tensor.nbytes for tensor in layout.files[0].tensors}
-    stored = []
-    for module in plan.modules:
-        square, lost = records[module.name].sums
-        nbytes = sum(sizes[name] for name in module.names)
-        stored.append(StoredTensor(f"{module.name}.weight", "lowrank", nbytes, square, lost))
-    return Extracted(plan.output, layout.nbytes, tuple(stored), 0, plan.notes)
-
-
-def _write_config(plan: AdapterPlan, folder: Path) -> None:
-    """Write the adapter's config: scale 1 everywhere, and what the adapters agree on."""
-    configs = [adapter.config for adapter in plan.adapters]
-    tasks = {config.task for config in configs}
-    first = next((config for config in configs if config.base), configs[0])
-    changes = {
-        "task_type": tasks.pop() if len(tasks) == 1 else None,
-        "base_model_name_or_path": first.base,
-        "revision": first.base_revision,
-        "fan_in_fan_out": any(config.transposed for config in configs),
-    }
-    peft_folder.write_config_of(folder, {module.name: module.rank for module in plan.modules}, None, changes)
+    return space.outside(merged, module.rank)

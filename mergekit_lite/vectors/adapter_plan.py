@@ -18,67 +18,24 @@ from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
 from mergekit_lite.checkpoint.opening import open_adapter
 from mergekit_lite.checkpoint.references import Addition, is_one_file, parse_addition
 from mergekit_lite.errors import PlanError, UsageError, counted, nearest
-from mergekit_lite.layout import Layout, OutputTensor, is_single_file, output_path, safetensors_layout
+from mergekit_lite.layout import is_single_file, output_path
 from mergekit_lite.methods.registry import Method, method_named
 from mergekit_lite.object_stores import Place
-from mergekit_lite.vectors import peft_folder
+from mergekit_lite.vectors.adapter_writing import AdapterModule, AdapterOutput
 from mergekit_lite.vectors.spaces import SPACES, SpaceName
 
 MAKE_A_VECTOR = "make a task vector of it (vector extract BASE BASE+ADAPTER -o v.safetensors), and combine those"
 
 
 @dataclass(frozen=True)
-class AdapterModule:
-    """One module that adapters change.
-
-    Attributes:
-        name: its path.
-        parts: its factors in each adapter, None in one that leaves it as it is.
-        rank: of the result.
-        names: of the factors A and B in the result's file.
-    """
-
-    name: str
-    parts: tuple[Factors | None, ...]
-    rank: int
-    names: tuple[str, str]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n) of the product."""
-        part = next(filter(None, self.parts))
-        return part.b.shape[0], part.a.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of all factors on disk."""
-        return sum(part.a.nbytes + part.b.nbytes for part in self.parts if part is not None)
-
-
-@dataclass(frozen=True)
-class AdapterPlan:
+class AdapterPlan(AdapterOutput):
     """A combination of adapters that was found sound: what is merged, how, and where it is written."""
 
-    output: Path
-    adapters: tuple[Adapter, ...]
-    modules: tuple[AdapterModule, ...]
     method: Method
     parameters: Mapping[str, Any]  # as given, with each adapter's weight
     space: SpaceName
     rank: int | None
-    dtype: str
     seed: int
-    notes: tuple[str, ...]
-
-    @property
-    def layout(self) -> Layout:
-        """The file of weights."""
-        tensors = []
-        for module in self.modules:
-            rows, columns = module.shape
-            shapes = (module.rank, columns), (rows, module.rank)
-            tensors += [OutputTensor(name, self.dtype, of) for name, of in zip(module.names, shapes, strict=True)]
-        return safetensors_layout([tensors], [peft_folder.WEIGHTS])
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -110,9 +67,7 @@ def plan_adapters(
     seed: int = 0,
 ) -> AdapterPlan:
     """Plan a combination of adapters; see ``combine_adapters`` for the arguments and errors."""
-    path = output_path(output)
-    if isinstance(path, Place) or is_single_file(path):
-        raise UsageError(f"{path}: an adapter is a folder on this disk. Name one: -o ./adapter.")
+    path = written_to(output)
     if space not in SPACES:
         raise UsageError(f"Unknown space {space!r}.{nearest(space, SPACES)} Known: {', '.join(SPACES)}.")
     if rank is not None and rank < 1:
@@ -131,12 +86,20 @@ def plan_adapters(
     if wrong:
         raise PlanError(wrong)
     opened = [open_adapter(one.path) for one in named]
-    problems = [problem for adapter in opened for problem in _refused(adapter)]
-    modules, misfits = _modules(opened, rank)
+    problems = [problem for adapter in opened for problem in refused(adapter, MAKE_A_VECTOR)]
+    modules, misfits = modules_of(opened, rank)
     if problems or misfits:
         raise PlanError(problems + misfits)
-    kind, notes = dtypes.float_named(dtype), tuple(_notes(opened, modules))
-    return AdapterPlan(path, tuple(opened), tuple(modules), chosen, given, space, rank, kind, seed, notes)
+    written = (path, tuple(opened), tuple(modules), dtypes.float_named(dtype), tuple(_notes(opened, modules)))
+    return AdapterPlan(*written, chosen, given, space, rank, seed)
+
+
+def written_to(output: str | Path) -> Path:
+    """Return the folder that an adapter is written to. Raises UsageError where it can't be one."""
+    path = output_path(output)
+    if isinstance(path, Place) or is_single_file(path):
+        raise UsageError(f"{path}: an adapter is a folder on this disk. Name one: -o ./adapter.")
+    return path
 
 
 def _with_weights(method: Method, parameters: dict[str, Any], named: Sequence[Addition]) -> dict[str, Any]:
@@ -151,8 +114,8 @@ def _with_weights(method: Method, parameters: dict[str, Any], named: Sequence[Ad
     return parameters
 
 
-def _refused(adapter: Adapter) -> Iterator[str]:
-    """Yield what an adapter holds that is no product of two factors of a layer."""
+def refused(adapter: Adapter, remedy: str) -> Iterator[str]:
+    """Yield what an adapter holds that is no product of two factors of a layer, each with what to do."""
     kinds = {
         "factors of experts (target_parameters)": [parts[0].a.name for parts in adapter.experts.values()],
         "rows of single tokens": [rows.rows.name for rows in adapter.tokens.values()],
@@ -164,10 +127,10 @@ def _refused(adapter: Adapter) -> Iterator[str]:
     for kind, names in kinds.items():
         if names:
             number = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            yield f"{adapter.reference}: {names[0]}{number}: it holds {kind}; {MAKE_A_VECTOR}"
+            yield f"{adapter.reference}: {names[0]}{number}: it holds {kind}; {remedy}"
 
 
-def _modules(adapters: Sequence[Adapter], rank: int | None) -> tuple[list[AdapterModule], list[str]]:
+def modules_of(adapters: Sequence[Adapter], rank: int | None) -> tuple[list[AdapterModule], list[str]]:
     """Return the modules of all adapters in the order of the first one's file, and what doesn't fit together."""
     modules: list[AdapterModule] = []
     problems: list[str] = []

@@ -31,6 +31,7 @@ class StoredTensor:
         encoder: name of the encoder that stored it.
         nbytes: number of bytes stored.
         square, lost: ‖difference‖² and ‖what is thrown away‖².
+        intruders: how many of an adapter's directions were scaled as such (see ``intruders``).
     """
 
     name: str
@@ -38,6 +39,7 @@ class StoredTensor:
     nbytes: int
     square: float
     lost: float
+    intruders: int | None = None
 
     @property
     def error(self) -> float:
@@ -77,6 +79,7 @@ class Extracted:
                 "bytes": tensor.nbytes,
                 "norm": math.sqrt(tensor.square),
                 "error": tensor.error,
+                **({} if tensor.intruders is None else {"intruders": tensor.intruders}),
             }
             for tensor in self.tensors
         }
@@ -93,7 +96,14 @@ class Extracted:
     def from_manifest(cls, output: Path | str, manifest: Mapping[str, Any]) -> Extracted:
         """Return the result that a manifest keeps. Raises LookupError, TypeError or ValueError where it is no such."""
         tensors = tuple(
-            StoredTensor(name, str(of["stored"]), int(of["bytes"]), of["norm"] ** 2, (of["error"] * of["norm"]) ** 2)
+            StoredTensor(
+                name,
+                str(of["stored"]),
+                int(of["bytes"]),
+                of["norm"] ** 2,
+                (of["error"] * of["norm"]) ** 2,
+                int(of["intruders"]) if "intruders" in of else None,
+            )
             for name, of in manifest["tensors"].items()
         )
         notes = tuple(map(str, manifest["notes"]))

@@ -36,11 +36,19 @@ class Product(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A product cut to a rank; ``square`` is ‖product‖² before, ``lost`` what it is away from that, squared."""
+    """A product cut to a rank.
+
+    Attributes:
+        product: what is left of it.
+        square: ‖product‖² before.
+        lost: what it is away from that, squared.
+        intruders: how many were scaled before, where they were looked for.
+    """
 
     product: Product
     square: float
     lost: float
+    intruders: int | None = None
 
 
 @dataclass(frozen=True)

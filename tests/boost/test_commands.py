@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 DOCS = ["docs/boost.md"]
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes/boost").iterdir())
 CONFIG = {"model_type": "llama", "num_hidden_layers": 4, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
-MODELS = ("alignment-handbook/zephyr-7b-sft-full", "allenai/tulu-2-7b", "org/base", "sft")
+MODELS = ("alignment-handbook/zephyr-7b-sft-full", "allenai/tulu-2-7b", "base", "org/base", "sft")
 TUNED = (
     *(f"chujiezheng/zephyr_0.{share}" for share in (1, 2, 4)), "allenai/tulu-2-dpo-7b", "org/tuned-a", "org/tuned-b",
-    "dpo", "tulu-2-7b", "tulu-2-dpo-7b",
+    "dpo", "run/step-25", "run/step-50", "run/step-75", "tulu-2-7b", "tulu-2-dpo-7b",
 )  # fmt: skip
 
 

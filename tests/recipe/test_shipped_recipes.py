@@ -105,8 +105,19 @@ def test_comments(path: Path) -> None:
 def test_each_method_has_a_recipe() -> None:
     in_methods = {path.stem: loaded(path).merge_method for path in RECIPES if path.parent.name == "methods"}
     thin = {"chat_vector", "ema", "uniform_soup", "wise_ft"}  # also written in terms of others
-    assert in_methods.keys() == METHODS.keys() | {"mixed", "momentum"}
+    assert in_methods.keys() == METHODS.keys() | {"lines", "mixed", "momentum"}
     assert set(in_methods.values()) == METHODS.keys() - thin
+
+
+def test_lines_is_the_papers_formula() -> None:
+    """α + β·(l − 1)/(L − 1) in layer l of L, α outside the layers; with α + β = 1 for one fine-tune."""
+    recipe = loaded(ROOT / "recipes/methods/lines.yml")
+    found = resolve(recipe, outputs(recipe.slices, dict.fromkeys(recipe.models, NAMES)).tensors)
+    alpha, beta, layers = 0.5, 0.5, 32
+    for tensor, numbers in zip(NAMES, found.numbers, strict=True):
+        at = re.search(r"layers\.(\d+)\.", tensor)
+        expected = alpha + beta * int(at[1]) / (layers - 1) if at else alpha
+        assert numbers is not None and numbers.per_model[0]["weight"] == pytest.approx(expected), tensor
 
 
 def test_expo_as_published() -> None:

@@ -10,7 +10,8 @@
     parameters.t=0:1:0.05                       in steps of 0.05
 
 A filter is written as in recipes, ``regex:`` too. A tensor that no filter matches keeps the recipe's number. A pair has
-``alpha=0:2`` and ``alpha[filter=mlp]=0:2``; anything else takes a recipe (``merge_method: expo``).
+``alpha=0:2`` and ``alpha[filter=mlp]=0:2``, a training run ``to_step=75:1000``; anything else takes a recipe
+(``merge_method: expo``, ``relex``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SHAPE = re.compile(r"(?P<path>[^\[\]=]+)(?:\[(?P<where>.+)\])?=(?P<range>[^=\]]+
 CONDITION = re.compile(r",(?=(?:filter|layers|gradient|groups)=)")
 LAYERS = re.compile(r"(\d+)-(\d+)")
 SPREAD = ("gradient", "groups")
+TO_STEP = "to_step"
 MOST_SPREAD = 64
 
 
@@ -127,6 +129,12 @@ def check_pair_tunables(tunables: Sequence[Tunable]) -> None:
             problems.append(f"{each.text!r}: layers, gradient and groups take a recipe (merge_method: expo)")
     if problems:
         raise UsageError(listing("Not to be tuned without a --recipe", problems))
+
+
+def check_run_tunables(tunables: Sequence[Tunable]) -> None:
+    """Refuse what can't be tuned of a training run: all but the step to go on to. Raises UsageError, naming each."""
+    if others := [f"{each.text!r}: a run has one to_step" for each in tunables if each.text != TO_STEP]:
+        raise UsageError(listing("Not to be tuned without a --recipe (merge_method: relex)", others))
 
 
 def alphas_of(tunables: Sequence[Tunable], params: Mapping[str, float]) -> dict[str, Any]:

@@ -45,12 +45,13 @@ def grid(values: Mapping[str, Sequence[float]]) -> Search:
 
 def bracket(
     name: str = "alpha",
-    *,
     start: float = START,
     step: float | None = None,
     final_step: float | None = None,
     most: float = MOST,
     same: Same = lambda one, other, errors: False,
+    origin: float = 0.0,
+    unit: float = 1.0,
 ) -> Search:
     """Probe outwards, then bisect around the best.
 
@@ -65,15 +66,17 @@ def bracket(
     highest of several.
 
     Args:
-        name: of the parameter; the baseline has 0.
+        name: of the parameter.
         start: the first point.
         step: the first step; ``start`` by default, so that each point is twice the one before.
         final_step: the last step; by default the largest of 1, 2.5 or 5 times a power of ten that is at most a fifth
             of the best point, and at least 0.1.
         most: no point is larger.
         same: whether two candidates are the same to within some standard errors; by default scores have no noise.
+        origin: the baseline's value. Points are counted from it.
+        unit: what a point of 1 adds to it.
     """
-    curve = _Curve(name, same)
+    curve = _Curve(name, same, origin, unit)
     yield from _climb(curve, start, step or start, most)
     yield from _climb(curve, start, -(step or start), most)
     yield from _narrow(curve, final_step)
@@ -82,23 +85,27 @@ def bracket(
 class _Curve:
     """The scores of the points known so far; the baseline has 0."""
 
-    def __init__(self, name: str, same: Same):
+    def __init__(self, name: str, same: Same, origin: float, unit: float):
         self.name = name
         self.same_params = same
+        self.origin, self.unit = origin, unit
         self.scores = {0.0: 0.0}
 
     @property
     def best(self) -> float:  # of equal ones the smallest
         return max(sorted(self.scores), key=lambda point: self.scores[point])
 
+    def params(self, point: float) -> Params:
+        return {self.name: tidy(self.origin + self.unit * point)}
+
     def ask(self, point: float) -> Search:
         if point not in self.scores:
-            (outcome,) = yield [{self.name: point}]
+            (outcome,) = yield [self.params(point)]
             self.scores[point] = outcome.score if outcome.allowed else -math.inf
 
     def same(self, one: float, other: float, errors: int) -> bool:
         finite = min(self.scores[one], self.scores[other]) > -math.inf
-        return finite and self.same_params({self.name: one}, {self.name: other}, errors)
+        return finite and self.same_params(self.params(one), self.params(other), errors)
 
     def worse(self, point: float) -> bool:
         return self.scores[point] < self.scores[self.best] and not self.same(point, self.best, SURE)
