@@ -22,7 +22,7 @@ from demo.merge import page
 from demo.merge.plan import BOOSTED, BY_PEFT, COMBINED, FULL, QUICK, RANK, Files, Size, merges, weights
 from mergekit_lite.methods import method_named
 
-RATE, ADAPTER_RATE = 3e-4, 1e-3
+RATE, ADAPTER_RATE = 4e-4, 1e-3
 
 
 @command("demo/out-merge", FULL, QUICK, "How often models are made and merged.")

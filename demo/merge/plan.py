@@ -44,7 +44,7 @@ class Size:
     seeds: int
 
 
-FULL = Size(base=450, tuned=200, choosing=100, held_out=120, trials=10, seeds=3)
+FULL = Size(base=450, tuned=200, choosing=100, held_out=150, trials=10, seeds=3)
 QUICK = Size(base=20, tuned=6, choosing=4, held_out=4, trials=2, seeds=1)
 
 
