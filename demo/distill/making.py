@@ -44,14 +44,13 @@ class Lesson:
     rank: int = 0
 
     def job(self) -> Job:
-        """Return the job of this lesson; its last words are the folder's name."""
+        """Return the job of this lesson."""
         options = {"skills": ",".join(self.skills)} | {
             name: getattr(self, name) for name in ("steps", "careful", "seed", "rate", "rank", "out")
         }
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
-        return Job(
-            f"{self.out.name} learns to {', '.join(self.skills)}", python("demo.distill.making", self.start, *words)
-        )
+        what = f"{'adapter ' if self.rank else ''}{self.out.name} learns to {', '.join(self.skills)}"
+        return Job(what, python("demo.distill.making", self.start, *words))
 
 
 def make_models(lessons: Iterable[Lesson], logs: Path) -> None:
