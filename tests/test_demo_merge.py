@@ -15,7 +15,7 @@ from demo.distill.results import Measured
 from demo.distill.skills import SKILLS
 from demo.merge import page
 from demo.merge.__main__ import adapters, boosts, document, fine_tunes, whole_models, write_questions
-from demo.merge.plan import BOOSTED, LEFT_OUT, QUICK, RANK, Files, merges, weights
+from demo.merge.plan import BOOSTED, LEFT_OUT, QUICK, RANK, Files, density, merges, weights
 from mergekit_lite.boosting.candidates.tunable import parse
 from mergekit_lite.methods import METHODS
 from mergekit_lite.multimerge import plan_documents
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  #
 def test_every_method_that_takes_three_fine_tunes_runs_by_what_the_plan_gives_or_is_left_out():
     for name, method in METHODS.items():
         if method.counts(3) and name not in LEFT_OUT:
-            method.resolve(weights(method), 3, method.base == "required")  # else say why in LEFT_OUT
+            given = {**weights(method), **density(method)}
+            method.resolve(given, 3, method.base == "required")  # else say why in LEFT_OUT
             assert name in merges()
     assert merges()[0] == page.AVERAGE and {*BOOSTED} <= {*merges()}
 

@@ -19,7 +19,7 @@ from demo.distill.jobs import Job, command, console, mergekit_lite, python, run,
 from demo.distill.making import Lesson, make_models
 from demo.distill.skills import MAX_ANSWER_TOKENS, SKILLS
 from demo.merge import page
-from demo.merge.plan import BOOSTED, BY_PEFT, COMBINED, FULL, QUICK, RANK, Files, Size, merges, weights
+from demo.merge.plan import BOOSTED, BY_PEFT, COMBINED, FULL, QUICK, RANK, Files, Size, density, merges, weights
 from mergekit_lite.methods import method_named
 
 RATE, ADAPTER_RATE = 4e-4, 1e-3
@@ -75,7 +75,8 @@ def write_questions(out: Files, size: Size) -> None:
 def document(method: str, base: Path, tuned: Sequence[Path | str], numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe. A base is named only to methods that can't do without: others would merge it like the rest."""
     chosen = method_named(method)
-    given = {"models": [{"model": str(path), **parameters(weights(chosen))} for path in tuned], **parameters(numbers)}
+    models = [{"model": str(path), **parameters(weights(chosen))} for path in tuned]
+    given = {"models": models, **parameters({**density(chosen), **numbers})}
     return {"merge_method": method, **({"base_model": str(base)} if chosen.base == "required" else {}), **given}
 
 
@@ -89,7 +90,8 @@ def combinations(out: Files) -> Iterator[Job]:
         adapters = [out.adapter(seed, skill) for skill in SKILLS]
         for space, methods in COMBINED.items():
             for method in methods:
-                how = ("--space", space, "--method", method, *adapters)
+                numbers = [f"-p{name}={value:g}" for name, value in density(method_named(method)).items()]
+                how = ("--space", space, "--method", method, *numbers, *adapters)
                 if not (made := out.combined(seed, space, method)).exists():
                     words = mergekit_lite("vector", "combine", *how, "--threads", 1, "-o", made)
                     yield Job(f"seed {seed}: adapters by {method}, {space}", words)

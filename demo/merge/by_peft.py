@@ -4,13 +4,15 @@ from pathlib import Path
 
 import click
 
+from demo.merge.plan import DENSITY
+
 
 @click.command()
 @click.argument("base", type=click.Path(exists=True, path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.argument("adapters", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--kind", required=True, help="peft's combination_type.")
-@click.option("--density", default=0.5, show_default=True, help="Of ties.")
+@click.option("--density", default=DENSITY, show_default=True, help="Of ties.")
 def main(base: Path, output: Path, adapters: tuple[Path, ...], kind: str, density: float) -> None:
     """Add ADAPTERS with weights of 1, and write the model."""
     from peft import PeftModel

@@ -10,7 +10,7 @@ from demo.distill.comparison import gain, interval
 from demo.distill.page import Table, as_data, as_html, columns, markdown, percent, signed
 from demo.distill.results import Measured, Results
 from demo.distill.skills import SKILLS
-from demo.merge.plan import BOOSTED, BY_PEFT, COMBINED, LEFT_OUT, Files, merges
+from demo.merge.plan import BOOSTED, BY_PEFT, COMBINED, DENSITY, LEFT_OUT, Files, merges
 from demo.report import BLUE, GREEN, GREY, ORANGE, Interval
 from mergekit_lite.methods import METHODS
 
@@ -154,11 +154,12 @@ def about(out: Files, judged: Results) -> str:
     return (
         f"{len(judged.domains):,} questions that no model has learnt from; {len(out.seeds)} seeds, each with a base, "
         "fine-tunes and adapters of its own. Answers are drawn at temperature 1, so a share of right ones is the "
-        "probability that a model gives them; greedy answers beside. All methods have their defaults, and weights of 1 "
-        "where they ask for weights. boost chose by other questions; where it was sure of nothing the merge by "
-        "defaults stands. In brackets: 95 % intervals over other seeds and other questions (variances of both added, "
-        "Student's t). Differences are paired by question and seed; a star marks those beyond noise. No correction is "
-        "made for how many are looked at: of forty that are nothing, two have a star."
+        "probability that a model gives them; greedy answers beside. All methods have their defaults, weights of 1 "
+        f"where they ask for weights, and a density of {DENSITY:g} where by default they keep everything. boost chose "
+        "by other questions; where it was sure of nothing the merge by defaults stands. In brackets: 95 % intervals "
+        "over other seeds and other questions (variances of both added, Student's t). Differences are paired by "
+        "question and seed; a star marks those beyond noise. No correction is made for how many are looked at: of "
+        "forty that are nothing, two have a star."
     )
 
 

@@ -18,10 +18,11 @@ LEFT_OUT = {  # and why, of methods that merge three models
     "regmean_plus": "needs statistics of activations",
     "fisher": "needs statistics of gradients",
 }
+DENSITY = 0.5
 BOOSTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # numbers to begin with, and what boost looks for
     "linear": ({}, tuple(f"models.{number}.parameters.weight=0.2:2" for number in range(len(SKILLS)))),
     "task_arithmetic": ({"lambda": 1.0}, ("parameters.lambda=0.1:1.5",)),
-    "ties": ({"lambda": 1.0, "density": 0.5}, ("parameters.lambda=0.2:2.5", "parameters.density=0.1:1")),
+    "ties": ({"lambda": 1.0, "density": DENSITY}, ("parameters.lambda=0.2:2.5", "parameters.density=0.1:1")),
 }
 # Of adapters: the space, and the methods in it. Averages and sums are the same in both.
 COMBINED = {
@@ -55,8 +56,13 @@ def merges() -> list[str]:
 
 
 def weights(method: Method) -> Mapping[str, float]:
-    """Return a weight of 1 for each model where a method asks for weights; else its defaults are all it needs."""
+    """Return a weight of 1 for each model where a method asks for weights."""
     return {"weight": 1.0} if "weight" in method.parameters and method.parameters["weight"].required else {}
+
+
+def density(method: Method) -> Mapping[str, float]:
+    """Return the density of methods that trim or drop nothing by default; all else stays at its default."""
+    return {"density": DENSITY} if "density" in method.parameters and method.parameters["density"].default == 1 else {}
 
 
 @dataclass(frozen=True)
