@@ -93,7 +93,7 @@ def combinations(out: Files) -> Iterator[Job]:
                 numbers = [f"-p{name}={value:g}" for name, value in density(method_named(method)).items()]
                 how = ("--space", space, "--method", method, *numbers, *adapters)
                 if not (made := out.combined(seed, space, method)).exists():
-                    words = mergekit_lite("vector", "combine", *how, "--threads", 1, "-o", made)
+                    words = mergekit_lite("vector", "combine", *how, "--threads", 1, "--force", "-o", made)
                     yield Job(f"seed {seed}: adapters by {method}, {space}", words)
         for kind in BY_PEFT:
             if not (made := out.merged(seed, f"peft-{kind}")).exists():
@@ -111,7 +111,7 @@ def whole_models(out: Files) -> Iterator[Job]:
         lacking = [{"name": name, **recipe} for name, recipe in recipes.items() if not out.merged(seed, name).exists()]
         if lacking:
             path = write_recipe(out.recipe(seed, "merges"), lacking)
-            words = mergekit_lite("merge", path, "--threads", 1, "-o", out.merged(seed, "{name}"))
+            words = mergekit_lite("merge", path, "--threads", 1, "--force", "-o", out.merged(seed, "{name}"))
             yield Job(f"seed {seed}: {len(lacking)} merges", words)
 
 
@@ -141,7 +141,7 @@ def boosts(out: Files, size: Size) -> Iterator[Job]:
             how += ["--temperature", 1, "--top-p", 1, "--max-tokens", MAX_ANSWER_TOKENS, "--batch-size", 100]
             how += ["--trials", size.trials, "--no-kl", "--seed", seed, "--threads", 1, "--force"]
             made = out.boosted(seed, method)
-            if not made.with_name(f"{made.name}.boost").joinpath("boost.json").exists():
+            if not out.is_searched(seed, method):
                 yield Job(f"seed {seed}: boost of {method}", mergekit_lite("boost", "--recipe", path, *how, "-o", made))
 
 
@@ -151,7 +151,7 @@ def models(out: Files) -> Iterator[Path]:
     for seed in out.seeds:
         yield from (out.base(seed), out.joint(seed), *(out.tuned(seed, skill) for skill in SKILLS))
         yield from (out.merged(seed, name) for name in (*names, *(key for key, _ in adapters(out, seed))))
-        yield from (out.boosted(seed, method) for method in BOOSTED if out.boosted(seed, method).exists())
+        yield from (out.boosted(seed, method) for method in BOOSTED if out.found(seed, method) is not None)
 
 
 if __name__ == "__main__":

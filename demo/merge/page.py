@@ -41,6 +41,8 @@ def write(out: Files, console: "Console") -> None:
         "Green: beyond noise above the plain average of its group. Orange: beyond noise below it. Blue: neither. Grey: "
         "no merge.",
         table,
+        "## Numbers by boost",
+        numbers_table(out),
         f"Not measured: {'; '.join(f'{name} {why}' for name, why in LEFT_OUT.items() if name in METHODS)}; and "
         "methods that don't take three models.",
     ]
@@ -52,7 +54,7 @@ def write(out: Files, console: "Console") -> None:
         "prompts": len(judged.domains),
         "models": {model.key: as_data(model, judged.domains) for model in measured},
         "over_average": {key: over._asdict() for key in models if (over := over_average(models, key)) is not None},
-        "boost": {f"{seed}-{method}": out.boosted(seed, method).exists() for seed in out.seeds for method in BOOSTED},
+        "boost": {f"{seed}-{method}": out.found(seed, method) for seed in out.seeds for method in BOOSTED},
     }
     (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n")
     console.print(f"\n{markdown(table)}", soft_wrap=True)
@@ -68,7 +70,7 @@ def all_measured(judged: Results) -> dict[str, list[Measured]]:
         return judged.by_seed(key, name, lambda seed: out.merged(seed, key))
 
     def boosted(method: str) -> Measured:
-        found = sum(out.boosted(seed, method).exists() for seed in out.seeds)
+        found = sum(out.found(seed, method) is not None for seed in out.seeds)
         name = f"{method}, by boost ({found} of {len(out.seeds)} searches sure)"
         return judged.by_seed(f"boosted-{method}", name, lambda seed: out.boosted_or_merged(seed, method))
 
@@ -176,3 +178,16 @@ def ways_table(groups: dict[str, list[Measured]], models: dict[str, Measured], d
     for name, group in groups.items():
         rows += [[name, *[""] * (len(headings) - 1)], *map(row, group)]
     return Table(headings, rows)
+
+
+def numbers_table(out: Files) -> Table:
+    """Return what boost chose, search by search."""
+
+    def said(seed: int, method: str) -> str:
+        found = out.found(seed, method)
+        if found is None:
+            return "not sure"
+        return ", ".join(f"{name.removeprefix('parameters.')} {value:.2f}" for name, value in found.items())
+
+    rows = [[method, *(said(seed, method) for seed in out.seeds)] for method in BOOSTED]
+    return Table(("method", *(f"seed {seed}" for seed in out.seeds)), rows)

@@ -1,5 +1,6 @@
 """The ways to one model, and the files of the demo's folder."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,21 @@ class Files(Out):
         """Return the merge by the numbers that boost found; it isn't there where boost was sure of none."""
         return self.root / "boosted" / f"{seed}-{method}"
 
+    def search(self, seed: int, method: str) -> Path:
+        """Return boost's report, which is there when the search is over."""
+        return self.root / "boosted" / f"{seed}-{method}.boost" / "boost.json"
+
+    def found(self, seed: int, method: str) -> dict[str, float] | None:
+        """Return the numbers that a search chose; None where it was sure of none."""
+        chosen: dict[str, float] | None = json.loads(self.search(seed, method).read_text())["chosen"]
+        return chosen
+
+    def is_searched(self, seed: int, method: str) -> bool:
+        """Return whether a search came to its end, and its model is there if it chose one."""
+        if not self.search(seed, method).exists():
+            return False
+        return self.found(seed, method) is None or self.boosted(seed, method).exists()
+
     def boosted_or_merged(self, seed: int, method: str) -> Path:
         """Return the merge by the numbers that boost found, else that by defaults."""
-        found = self.boosted(seed, method)
-        return found if found.exists() else self.merged(seed, method)
+        return self.merged(seed, method) if self.found(seed, method) is None else self.boosted(seed, method)
