@@ -15,6 +15,7 @@ from demo.distill.results import Measured
 from demo.distill.skills import SKILLS
 from demo.merge import page
 from demo.merge.__main__ import adapters, boosts, document, fine_tunes, whole_models, write_questions
+from demo.merge.pictures import BLUE, GREEN, GREY, ORANGE, colour_of
 from demo.merge.plan import BOOSTED, LEFT_OUT, QUICK, RANK, Files, density, merges, weights
 from mergekit_lite.boosting.candidates.tunable import parse
 from mergekit_lite.methods import METHODS
@@ -108,6 +109,7 @@ def test_the_finding_says_what_is_beyond_noise_and_what_is_not():
     found |= {"ties": measured("ties", high), "core-linear": measured("core-linear", high)}
     said = page.verdict(found)
     assert "Beyond noise better than it: ties +" in said and "2 of 2 are worse beyond noise" in said
-    colours = page.colours(found)
-    assert colours["ties"] == page.GREEN and colours["peft-linear"] == page.ORANGE and colours["base"] == page.GREY
-    assert colours["boosted-ties"] == colours["linear"] == page.BLUE
+    colours = {key: colour_of(page.over_average(found, key)) for key in keys}
+    assert colours == dict.fromkeys(("base", "linear", "core-linear"), GREY) | {
+        "ties": GREEN, "boosted-ties": BLUE, "core-ties": ORANGE, "peft-linear": ORANGE
+    }  # fmt: skip

@@ -19,7 +19,7 @@ def models(
 ) -> None:
     """Draw a panel for all questions and one for each skill: a line for each model, with its interval and its seeds.
 
-    ``colours`` are of models, or of roads; what belongs to none of them is grey.
+    ``colours`` are of roads; what belongs to none of them is grey.
     """
     import matplotlib
 
@@ -37,7 +37,7 @@ def models(
         for place, model in zip(places, measured, strict=True):
             table = model.on(chosen)
             found = interval(table)
-            colour = colours.get(model.key) or next((colours[road] for road in colours if road in model.key), GREY)
+            colour = next((colours[road] for road in colours if road in model.key), GREY)
             reach = [[100 * (found.value - max(found.low, 0))], [100 * (min(found.high, 1) - found.value)]]
             axes.errorbar(
                 [100 * found.value], [place], xerr=reach, fmt="o", color=colour, markersize=6, capsize=3, linewidth=1.6

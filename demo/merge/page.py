@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from demo.distill import pictures
 from demo.distill.comparison import gain, interval
 from demo.distill.page import Table, as_data, as_html, columns, markdown, percent, signed
 from demo.distill.results import Measured, Results
 from demo.distill.skills import SKILLS
+from demo.merge import pictures
 from demo.merge.plan import BOOSTED, BY_PEFT, COMBINED, DENSITY, LEFT_OUT, Files, merges
-from demo.report import BLUE, GREEN, GREY, ORANGE, Interval
+from demo.report import Interval
 from mergekit_lite.methods import METHODS
 
 if TYPE_CHECKING:
@@ -31,15 +31,16 @@ def write(out: Files, console: "Console") -> None:
     finding = verdict(models)
     folder = out.root / "report"
     folder.mkdir(exist_ok=True)
-    pictures.models(measured, judged.domains, folder / "models.png", colours(models))
+    over = {key: gained for key in models if (gained := over_average(models, key)) is not None}
+    pictures.ways(groups, over, folder / "ways.png")
     table = ways_table(groups, models, judged.domains)
     parts: list[str | Table] = [
         f"# {TITLE}",
         f"**{finding}**",
         about(out, judged),
-        "![Right answers by way and skill](models.png)",
+        "![Right answers of every way to one model, and the difference from a plain average](ways.png)",
         "Green: beyond noise above the plain average of its group. Orange: beyond noise below it. Blue: neither. Grey: "
-        "no merge.",
+        "nothing to compare with.",
         table,
         "## Numbers by boost",
         numbers_table(out),
@@ -53,7 +54,7 @@ def write(out: Files, console: "Console") -> None:
         "seeds": len(out.seeds),
         "prompts": len(judged.domains),
         "models": {model.key: as_data(model, judged.domains) for model in measured},
-        "over_average": {key: over._asdict() for key in models if (over := over_average(models, key)) is not None},
+        "over_average": {key: gained._asdict() for key, gained in over.items()},
         "boost": {f"{seed}-{method}": out.found(seed, method) for seed in out.seeds for method in BOOSTED},
     }
     (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -137,18 +138,6 @@ def verdict(models: dict[str, Measured]) -> str:
             said.append(f"No way of {len(found)} is better beyond noise.")
         said.append(f"{worse} of {len(found)} are worse beyond noise.")
     return " ".join(said)
-
-
-def colours(models: dict[str, Measured]) -> dict[str, str]:
-    """Return each model's colour by what can be said of it."""
-
-    def colour(key: str) -> str:
-        over = over_average(models, key)
-        if over is None:
-            return BLUE if key in (AVERAGE, ADAPTERS_AVERAGE) else GREY
-        return GREEN if over.low > 0 else ORANGE if over.high < 0 else BLUE
-
-    return {key: colour(key) for key in models}
 
 
 def about(out: Files, judged: Results) -> str:
