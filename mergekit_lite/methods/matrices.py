@@ -15,7 +15,7 @@ from mergekit_lite.ops.operations import WeightedSum
 # Tensors with a row for each token, position or class: embeddings and heads, as architectures name them.
 # ``proj_out`` is a head by itself alone (Whisper): within blocks it is a linear layer (diffusers).
 EMBEDDING = re.compile(
-    r"embed|(^|[./])(wte|wpe|emb|shared|score|classifier|decoder|output_layer)\.weight$|(^|[./]|lm_)head\.weight$"
+    r"embed|(^|[./])(wte|wpe|emb|shared|score|classifier|decoder|output_layer)\.weight$|(^|[./_])head\.weight$"
     r"|(^|/)proj_out\.weight$|^(model[./])?output\.weight$"
 )
 NEGLIGIBLE = 1e-12  # a Gram matrix's eigenvalue is zero below this share of its largest: a millionth of singular values
