@@ -161,7 +161,7 @@ def test_streamed_equals_in_memory(case: str, tmp_path: Path) -> None:
 
 
 def test_heads_are_told_from_linear_layers_by_name() -> None:
-    heads = ("lm_head", "audio_head", "score", "embed_out", "transformer.output_layer", "proj_out", "rwkv.emb", "model.output")
+    heads = ("lm_head", "audio_head", "score", "embed_out", "x.output_layer", "proj_out", "x.emb", "model.output")
     layers = ("single_transformer_blocks.0.proj_out", "h.0.attn.c_proj", "h.0.output")
     for name in (*heads, *layers):
         assert is_taken(TensorInfo(f"{name}.weight", (8, 8), 2, has_base=True), "linear") is (name in layers), name
