@@ -2,6 +2,7 @@
 # make demo-boost   let boost find the alpha for the demo's pair (minutes, after make demo)
 # make demo-distill   three strong models teach a small one on three roads, all measured (a quarter of an hour)
 # make demo-fuse      three teachers of other tokenizers, what they say of given answers, seven roads, all measured (20 minutes)
+# make demo-merge     three fine-tunes of one model and their adapters, merged by every method, all measured (10 minutes)
 # make demo-real   a released model: DPO on its own answers, extrapolation, costs, rounding (an hour)
 # make test    the test suite
 # make test-slow   the tests that take long: proofs by many runs, very many tensors, every family by every command
@@ -25,7 +26,7 @@ MERGEKIT ?= $(wildcard $(PARITY_VENV)/bin/mergekit-yaml)
 
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-boost demo-distill demo-fuse demo-real test test-slow bench parity check dist clean
+.PHONY: demo demo-boost demo-distill demo-fuse demo-merge demo-real test test-slow bench parity check dist clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo.extrapolate --out demo/out
@@ -38,6 +39,9 @@ demo-distill: $(VENV)/.ready
 
 demo-fuse: $(VENV)/.ready
 	$(BIN)/python -m demo.fuse --out demo/out-fuse
+
+demo-merge: $(VENV)/.ready
+	$(BIN)/python -m demo.merge --out demo/out-merge
 
 demo-real: $(VENV)/.ready
 	$(BIN)/python -m demo.real --out demo/out-real
@@ -84,4 +88,4 @@ $(PARITY_VENV)/.ready: pyproject.toml setup.py mergekit_lite/ops/kernels.c
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) demo/out demo/out-distill demo/out-fuse demo/out-real benchmarks/out parity/out
+	rm -rf $(VENV) $(PARITY_VENV) demo/out demo/out-distill demo/out-fuse demo/out-merge demo/out-real benchmarks/out parity/out

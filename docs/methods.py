@@ -40,7 +40,7 @@ WHICH = {
     "layers of models behind each other": "passthrough",
 }
 TABLE = """
-No method is the best one everywhere: measure.
+No method is the best one everywhere: measure. [One small task](merging.md) shows how far apart they can be.
 
 ## All methods
 

@@ -62,12 +62,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Answered", "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
     "Finished", "Gathered", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview",
-    "Previewed", "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__",
-    "answer", "apply_vectors", "boost", "build_moe", "combine_adapters", "combine_vectors", "compare", "distill",
+    "Previewed", "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "answer",
+    "apply_vectors", "boost", "build_moe", "combine_adapters", "combine_vectors", "compare", "distill",
     "extract_vector", "extrapolate", "extrapolate_run", "gather_statistics", "inspect", "make_plan", "merge",
     "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge",
-    "plan_run_extrapolation", "preview", "prune_experts", "push", "reduce_intruders", "run", "split_experts", "transplant",
-    "upcycle", "verify",
+    "plan_run_extrapolation", "preview", "prune_experts", "push", "reduce_intruders", "run", "split_experts",
+    "transplant", "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("distill", "sources", "training", "fuse", "boost", "preview", "answer")
+PAGES = ("distill", "sources", "training", "fuse", "boost", "preview", "answer", "merging")
 COMMAND = re.compile(
     r"`((?:pytest|python -m|make)\s[^`]+)`|^    ((?:pytest|python -m|make) .*?)(?:  +#.*)?$", re.MULTILINE
 )

@@ -8,56 +8,41 @@ Once the four models are there, ``mergekit-lite distill`` does the rest with rec
 ``mergekit-lite extrapolate`` goes past the end of each road, and ``mergekit-lite merge`` makes one model of the three.
 """
 
-import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from string import Template
-from time import perf_counter
-
-import click
 
 from demo.distill import page, results, skills
-from demo.distill.jobs import Job, claim, console, mergekit_lite, python, run, serving, stage
+from demo.distill.jobs import Job, command, console, mergekit_lite, python, run, serving, stage
+from demo.distill.making import Lesson, make_models
 from demo.distill.plan import ALPHAS, CAREFUL, FULL, LEARNT, MERGES, QUICK, ROADS, Out, Size
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), default="demo/out-distill", show_default=True)
-@click.option("--seeds", type=click.IntRange(1), help="How often the roads are gone.  [default: 3]")
-@click.option("--quick", is_flag=True, help="Everything as small as can be: shows that it runs, and nothing else.")
-def main(out: Path, seeds: int | None, quick: bool) -> None:
+@command("demo/out-distill", FULL, QUICK, "How often the roads are gone.")
+def main(out: Path, seeds: tuple[int, ...], size: Size) -> None:
     """Make four models, distill three into the fourth on three roads, and say which road was best.
 
     What is in the output folder already is used again: a run that was stopped goes on.
     """
-    started = perf_counter()
-    size = QUICK if quick else FULL
-    there = Out(out, tuple(range(seeds or size.seeds)))
-    claim(out, size)
-    make_models(there, size)
+    there = Out(out, seeds)
+    with stage("Four models: three sources of different architectures and tokenizers, and the target"):
+        make_models(lessons(there, size), there.logs)
     write_prompts(there, size)
     distill(there, size)
     extrapolate(there)
     merge(there)
     alphas = evaluate(there)
     page.write(there, alphas, console)
-    console.print(f"\nEverything is in {out}; {perf_counter() - started:.0f} s in all.")
 
 
-def make_models(out: Out, size: Size) -> None:
-    jobs = []
+def lessons(out: Out, size: Size) -> Iterator[Lesson]:
     for name, learnt in LEARNT.items():
-        if out.model(name).exists():
-            continue
-        how = ("--skills", ",".join(learnt), "--steps", size.steps[name], "--out", out.model(name))
-        crowd = ("--careful", CAREFUL) if name == "target" else ()
-        command = python("demo.distill.making", name, *how, *crowd)
-        jobs.append(Job(f"{name} learns to {', '.join(learnt)}", command))
-    with stage("Four models: three sources of different architectures and tokenizers, and the target"):
-        run(jobs, out.logs)
+        careful = CAREFUL if name == "target" else 1.0
+        yield Lesson(out.model(name), f"demo.distill.models:{name}", learnt, size.steps[name], careful)
 
 
 def write_prompts(out: Out, size: Size) -> None:
@@ -70,9 +55,7 @@ def write_prompts(out: Out, size: Size) -> None:
         rows["choosing"] += unseen[: size.choosing]
         rows["held-out"] += unseen[size.choosing :]
     for name, asked in rows.items():
-        path = out.prompts(name)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(skills.as_row(question)) + "\n" for question in asked))
+        skills.write_rows(out.prompts(name), map(skills.as_row, asked))
 
 
 def distill(out: Out, size: Size) -> None:

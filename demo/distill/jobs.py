@@ -1,14 +1,15 @@
-"""Processes of the demo: two at a time, as a rule with one thread each, and what they say kept in files."""
+"""A demo's command and its processes: two at a time, as a rule with one thread each, what they say kept in files."""
 
 import json
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,6 +30,31 @@ class Job:
     what: str
     command: Sequence[str]
     threads: int = 1
+
+
+def command(
+    folder: str, full: Any, small: Any, repeated: str
+) -> Callable[[Callable[[Path, tuple[int, ...], Any], None]], click.Command]:
+    """Make a demo's command of a function of the output folder, the seeds and the size (a dataclass with ``seeds``).
+
+    ``repeated`` says what each seed does anew. What is in the folder already is used again.
+    """
+
+    def made(function: Callable[[Path, tuple[int, ...], Any], None]) -> click.Command:
+        @click.command()
+        @click.option("--out", type=click.Path(path_type=Path), default=folder, show_default=True)
+        @click.option("--seeds", type=click.IntRange(1), help=f"{repeated}  [default: {full.seeds}]")
+        @click.option("--quick", is_flag=True, help="Everything as small as can be: shows that it runs, nothing else.")
+        @wraps(function)
+        def main(out: Path, seeds: int | None, quick: bool) -> None:
+            started, size = perf_counter(), small if quick else full
+            claim(out, size)
+            function(out, tuple(range(seeds or size.seeds)), size)
+            console.print(f"\nEverything is in {out}; {perf_counter() - started:.0f} s in all.")
+
+        return main
+
+    return made
 
 
 def python(*arguments: object) -> list[str]:

@@ -1,20 +1,61 @@
-"""From random weights to models that have learnt skills, in plain PyTorch: what a distillation finds ready made."""
+"""Models that learn skills from demonstrations, in plain PyTorch: what the demos find ready made."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from demo.distill import skills
-from demo.distill.models import FAMILIES, Family
+from demo.distill.jobs import Job, python, run
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BATCH, RATE = 32, 3e-3
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What makes a model: of a family with random weights, or of another model.
+
+    Attributes:
+        out: the model's folder, or the adapter's.
+        start: ``demo.fuse.models:llama``, one of a module's ``FAMILIES``; or a model's folder.
+        skills: that are taught.
+        steps: of training.
+        careful: the share of demonstrations with an ideal answer.
+        seed: of weights and demonstrations.
+        rate: of learning, at its highest.
+        rank: of a LoRA adapter that is trained instead of the model; 0 for none.
+    """
+
+    out: Path
+    start: str | Path
+    skills: tuple[str, ...]
+    steps: int
+    careful: float = 1.0
+    seed: int = 0
+    rate: float = RATE
+    rank: int = 0
+
+    def job(self) -> Job:
+        """Return the job of this lesson."""
+        options = {"skills": ",".join(self.skills)} | {
+            name: getattr(self, name) for name in ("steps", "careful", "seed", "rate", "rank", "out")
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        what = f"{'adapter ' if self.rank else ''}{self.out.name} learns to {', '.join(self.skills)}"
+        return Job(what, python("demo.distill.making", self.start, *words))
+
+
+def make_models(lessons: Iterable[Lesson], logs: Path) -> None:
+    """Make the models that aren't there yet, each in a process of its own."""
+    run([lesson.job() for lesson in lessons if not lesson.out.exists()], logs)
 
 
 def dialogue(question: str, answer: str) -> list[dict[str, str]]:
@@ -43,6 +84,7 @@ def taught(
     careful: float,
     steps: int,
     seed: int,
+    rate: float = RATE,
 ) -> Iterator[float]:
     """Train on demonstrations of these skills; yields the loss per token after each step."""
     import torch
@@ -50,8 +92,8 @@ def taught(
 
     rng = random.Random(seed)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
         asked = [skills.drawn(skills.SKILLS[rng.choice(skill_names)], rng) for _ in range(BATCH)]
         tokens, said = batch_of([(q, skills.demonstrate(q, careful, rng)) for q in asked], tokenizer)
@@ -65,30 +107,50 @@ def taught(
         yield loss.item()
 
 
-def make(family: Family, skill_names: tuple[str, ...], careful: float, steps: int, seed: int, out: Path) -> None:
-    """Make a model of a family and write its folder."""
-    import torch
+def opened(start: str, seed: int) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
+    """Return a model of a family with random weights, or that of a folder; and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(1)
-    model, tokenizer = family.build(seed)
-    *_, loss = taught(model, tokenizer, skill_names, careful, steps, seed)
-    partial = out.with_name(f"{out.name}.partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(out)  # what has its name is complete
-    print(f"{family.name}: {model.num_parameters() / 1e6:.2f} M parameters, loss {loss:.3f}")
+    module, named, family = start.partition(":")
+    if named:
+        return import_module(module).FAMILIES[family].build(seed)
+    return AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
+
+
+def adapted(model: "PreTrainedModel", rank: int) -> "PreTrainedModel":
+    """Return the model with an adapter on all linear layers, the only weights that learn."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 @click.command()
-@click.argument("family", type=click.Choice(list(FAMILIES)))
+@click.argument("start")
 @click.option("--skills", "skill_names", required=True, help="The skills to learn, with commas.")
 @click.option("--steps", type=int, required=True)
 @click.option("--careful", default=1.0, show_default=True, help="The share of demonstrations with an ideal answer.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The model's folder.")
-def main(family: str, skill_names: str, steps: int, careful: float, seed: int, out: Path) -> None:
-    """Make one model: random weights, and STEPS of training on demonstrations."""
-    make(FAMILIES[family], tuple(skill_names.split(",")), careful, steps, seed, out)
+@click.option("--rate", default=RATE, show_default=True, help="Of learning, at its highest.")
+@click.option("--rank", default=0, show_default=True, help="Of a LoRA adapter to train instead of the model; 0: none.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The model's or adapter's folder.")
+def main(
+    start: str, skill_names: str, steps: int, careful: float, seed: int, rate: float, rank: int, out: Path
+) -> None:
+    """Teach a model by STEPS of training on demonstrations: one of a family with random weights, or of a folder."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, tokenizer = opened(start, seed)
+    torch.manual_seed(seed)
+    if rank:
+        model = adapted(model, rank)
+    *_, loss = taught(model, tokenizer, tuple(skill_names.split(",")), careful, steps, seed, rate)
+    partial = out.with_name(f"{out.name}.partial")
+    model.save_pretrained(partial)
+    if not rank:
+        tokenizer.save_pretrained(partial)
+    partial.rename(out)  # what has its name is complete
+    print(f"{start}: {model.num_parameters() / 1e6:.2f} M parameters, loss {loss:.3f}")
 
 
 if __name__ == "__main__":

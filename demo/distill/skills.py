@@ -5,10 +5,12 @@ sort     ``sort dbeac``     →  ``abcde``
 reverse  ``reverse dbeac``  →  ``caebd``
 """
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -118,6 +120,11 @@ def as_row(question: str) -> dict[str, str]:
     """Return a row of a recipe's prompts."""
     skill = skill_of(question)
     return {"id": question, "prompt": question, "domain": skill.name, "reference": skill.result(skill.solve(question))}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def is_held_out(question: str) -> bool:

@@ -10,57 +10,42 @@ All are trained on as many tokens. The teachers score the answers once. Then ``m
 with recipes that lie in the output folder.
 """
 
-import json
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from string import Template
-from time import perf_counter
-
-import click
 
 from demo.distill import results, skills
-from demo.distill.jobs import Job, claim, console, mergekit_lite, python, run, stage
+from demo.distill.jobs import Job, command, console, mergekit_lite, run, stage
+from demo.distill.making import Lesson, make_models
 from demo.fuse import page
 from demo.fuse.plan import CAREFUL, FULL, QUICK, ROADS, STUDENT, TEACHERS, Files, Size
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), default="demo/out-fuse", show_default=True)
-@click.option("--seeds", type=click.IntRange(1), help="How often the roads are gone.  [default: 3]")
-@click.option("--quick", is_flag=True, help="Everything as small as can be: shows that it runs, and nothing else.")
-def main(out: Path, seeds: int | None, quick: bool) -> None:
+@command("demo/out-fuse", FULL, QUICK, "How often the roads are gone.")
+def main(out: Path, seeds: tuple[int, ...], size: Size) -> None:
     """Make four models, fuse three into the fourth on seven roads, and say which gain is beyond noise.
 
     What is in the output folder already is used again: a run that was stopped goes on.
     """
-    started = perf_counter()
-    size = QUICK if quick else FULL
-    there = Files(out, tuple(range(seeds or size.seeds)))
-    claim(out, size)
-    make_models(there, size)
+    there = Files(out, seeds)
+    with stage("Four models: three teachers of different architectures and tokenizers, and the student"):
+        make_models(lessons(there, size), there.logs)
     write_questions(there, size)
     write_recipes(there, size)
     teach(there)
     train(there)
     evaluate(there)
     page.write(there, console)
-    console.print(f"\nEverything is in {out}; {perf_counter() - started:.0f} s in all.")
 
 
-def make_models(out: Files, size: Size) -> None:
-    jobs = []
+def lessons(out: Files, size: Size) -> Iterator[Lesson]:
     for name, learnt in {**TEACHERS, "student": STUDENT}.items():
-        if out.model(name).exists():
-            continue
-        how = ("--skills", ",".join(learnt), "--steps", size.steps[name], "--out", out.model(name))
-        crowd = ("--careful", CAREFUL) if name == "student" else ()
-        jobs.append(Job(f"{name} learns to {', '.join(learnt)}", python("demo.fuse.making", name, *how, *crowd)))
-    with stage("Four models: three teachers of different architectures and tokenizers, and the student"):
-        run(jobs, out.logs)
+        careful = CAREFUL if name == "student" else 1.0
+        yield Lesson(out.model(name), f"demo.fuse.models:{name}", learnt, size.steps[name], careful)
 
 
 def write_questions(out: Files, size: Size) -> None:
@@ -74,21 +59,16 @@ def write_questions(out: Files, size: Size) -> None:
         for number, seed in enumerate(out.seeds):
             some = asked[number :: len(out.seeds)]
             by_seed[seed] += [answered(question, name, rng) for question in some]
-    write_rows(out.prompts("held-out"), map(skills.as_row, held_out))
+    skills.write_rows(out.prompts("held-out"), map(skills.as_row, held_out))
     for seed, rows in by_seed.items():
-        write_rows(out.rows(seed), rows)
-    write_rows(out.rows("all"), [row for rows in by_seed.values() for row in rows])
+        skills.write_rows(out.rows(seed), rows)
+    skills.write_rows(out.rows("all"), [row for rows in by_seed.values() for row in rows])
 
 
 def answered(question: str, skill: str, rng: random.Random) -> dict[str, str]:
     """Return a question with the answer of a person, who may be careless."""
     answer = skills.demonstrate(question, CAREFUL, rng)
     return {"id": question, "prompt": question, "completion": answer, "domain": skill}
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_recipes(out: Files, size: Size) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Annotated, Literal, TypeAlias
 
 from mergekit_lite.deferred import torch
@@ -12,9 +13,10 @@ from mergekit_lite.methods.parameters import Doc
 from mergekit_lite.ops.operations import WeightedSum
 
 # Tensors with a row for each token, position or class: embeddings and heads, as architectures name them.
+# ``proj_out`` is a head by itself alone (Whisper): within blocks it is a linear layer (diffusers).
 EMBEDDING = re.compile(
-    r"embed|(^|[./])(wte|wpe|shared|score|classifier|decoder|proj_out)\.weight$|(^|[./_])head\.weight$"
-    r"|^(model[./])?output\.weight$"
+    r"embed|(^|[./])(wte|wpe|emb|shared|score|classifier|decoder|output_layer)\.weight$|(^|[./_])head\.weight$"
+    r"|(^|/)proj_out\.weight$|^(model[./])?output\.weight$"
 )
 NEGLIGIBLE = 1e-12  # a Gram matrix's eigenvalue is zero below this share of its largest: a millionth of singular values
 Singular: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"  # U, S, V; vectors are columns
@@ -29,6 +31,11 @@ def is_taken(info: TensorInfo, matrices: str) -> bool:
     if len(info.shape) != 2 or min(info.shape) < info.models or matrices == "none":
         return False
     return matrices == "all" or EMBEDDING.search(info.name) is None
+
+
+def directions(share: float, rank: int) -> Fraction:
+    """Return share·rank, exactly as a reader of the two numbers has it: 0.14 of 50 is 7, which floats make more."""
+    return Fraction(str(share)) * rank
 
 
 def mean(info: TensorInfo, scale: float = 1.0) -> Merge:

@@ -1,8 +1,9 @@
 """Fine-tunes merged matrix by matrix, by the singular vectors of their deltas. Experimental.
 
 Papers: Gargiulo et al., "Task Singular Vectors", CVPR 2025, arXiv 2412.00081 (TSV-M); Marczak et al., "No Task Left
-Behind: Isotropic Model Merging", ICML 2025, arXiv 2502.04959 (Iso-C, Iso-CTS); "CART", as
-released beside Panariello et al., "Core Space", 2025, arXiv 2509.17786.
+Behind: Isotropic Model Merging", ICML 2025, arXiv 2502.04959 (Iso-C, Iso-CTS); Choi et al., "Revisiting Weight
+Averaging for Model Merging", 2024, arXiv 2412.12153 (CART), as released beside Panariello et al., "Core Space", 2025,
+arXiv 2509.17786.
 
 With δ = x − base of N models, each m × n with r = min(m, n) singular values, and U S Vᵀ a singular value decomposition:
 
@@ -46,6 +47,7 @@ from mergekit_lite.methods.matrices import (
     Matrices,
     Singular,
     added,
+    directions,
     is_taken,
     isotropic,
     mean,
@@ -110,7 +112,7 @@ def iso_cts(
     if not is_taken(info, matrices):
         return mean(info, lambda_)
     (rows, columns), rank = info.shape, min(info.shape)
-    wanted = round((rank - int(rank * common_space_fraction)) / info.models)
+    wanted = round((rank - int(directions(common_space_fraction, rank))) / info.models)
     own = min(wanted, rank // info.models)  # of each model
     held = 5 * info.numel + 3 * rank * (rows + columns) + 4 * rank**2
     return added(lambda deltas: _common_and_own(deltas, rank - own * info.models, own), held, lambda_)
@@ -129,7 +131,11 @@ def _common_and_own(deltas: Deltas, common: int, own: int) -> torch.Tensor:
     return (polar(left) @ polar(right).mT).mul_(values.mean())
 
 
-@method(given="fine-tunes", formula="base + δ̄ + lambda·Σ top p of (δ − δ̄), δ̄ = mean(δ)", source="arXiv 2509.17786")
+@method(
+    given="fine-tunes",
+    formula="base + δ̄ + lambda·Σ top p of (δ − δ̄), δ̄ = mean(δ)",
+    source="Choi et al. 2024, arXiv 2412.12153",
+)
 def cart(
     info: TensorInfo, *, p: Share = 0.04, lambda_: Deviation = 1.0, matrices: Matrices = "linear"
 ) -> Merge | Steps:
@@ -141,7 +147,7 @@ def cart(
     if not is_taken(info, matrices):
         return mean(info)
     rank = min(info.shape)
-    count = math.ceil(p * rank)
+    count = math.ceil(directions(p, rank))
     return added(lambda deltas: _centred(deltas, count, lambda_), 7 * info.numel + 4 * rank**2)
 
 

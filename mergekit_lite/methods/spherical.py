@@ -215,12 +215,12 @@ def geometric_median(
         tol: stop when a step is shorter than this share of the inputs' spread.
     """
     weights = np.array(shares(weight))
-    median = np.zeros_like(weights)
-    if info.inputs > 1:
-        # seen from the first input, so that small differences of large weights keep their digits
-        products = np.zeros((info.inputs, info.inputs))
-        products[1:, 1:] = yield from gram(from_base=True)
-        median = _weiszfeld(products, weights, max_iter, tol)
+    if info.inputs == 1:
+        return WeightedSum((1.0,), order=(0,))
+    # seen from the first input, so that small differences of large weights keep their digits
+    products = np.zeros((info.inputs, info.inputs))
+    products[1:, 1:] = yield from gram(from_base=True)
+    median = _weiszfeld(products, weights, max_iter, tol)
     return WeightedSum(tuple(median[1:].tolist()), from_base=True)
 
 

@@ -12,6 +12,10 @@ its minimiser is known:
 The released code instead takes 300 steps of Adam of 1e-5 each: ``steps: 300``. They move no element by more than about
 3e-3, whatever the size of the deltas; the minimiser scales with them. Which is better is not known.
 
+Where the deltas together have no more directions than the matrix has columns, as those of adapters do in a space of
+their own, the minimiser satisfies all of them, loss 0. It can then be many times as long as Σδ and break the model: see
+"Which merge helps?" in the documentation. The released steps stay near Σδ.
+
 Which tensors are merged so, and the memory it takes, is told of the methods by singular vectors; the others get
 base + mean(δ). A step takes as long as multiplying the matrix by a square one of its columns: hundreds of them are for
 a GPU.

@@ -70,8 +70,8 @@ def plan_adapters(
     path = written_to(output)
     if space not in SPACES:
         raise UsageError(f"Unknown space {space!r}.{nearest(space, SPACES)} Known: {', '.join(SPACES)}.")
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank: expected a whole number of at least 1, got {rank}.")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise UsageError(f"rank: expected a whole number of at least 1, got {rank!r}.")
     if not adapters:
         raise UsageError("No adapter was given: mergekit-lite vector combine --space core --method ties ./a ./b -o ./c")
     named = [parse_addition(str(text)) for text in adapters]
@@ -154,7 +154,17 @@ def modules_of(adapters: Sequence[Adapter], rank: int | None) -> tuple[list[Adap
         modules.append(AdapterModule(module, parts, min(rank or whole, whole), names))
         if modules[-1].rank > MAX_RANK:
             problems.append(f"{name}: the ranks come to {whole:,}, more than {MAX_RANK:,}; cut them with --rank")
-    return modules, problems
+    return modules, [*problems, *_of_two_orientations(modules)]
+
+
+def _of_two_orientations(modules: Sequence[AdapterModule]) -> Iterator[str]:
+    """Yield what one config can't say: that some layers' weights are stored transposed, and others' are not."""
+    found = [
+        (part.transposed, module) for module in modules for part in module.parts if part and not _is_embedding(part)
+    ]
+    of = {transposed: module.name for transposed, module in reversed(found)}
+    if len(of) > 1:
+        yield f"{of[True]} has fan_in_fan_out, {of[False]} has not: one adapter can't say both; {MAKE_A_VECTOR}"
 
 
 def _is_embedding(part: Factors) -> bool:

@@ -287,3 +287,4 @@ def test_geometric_median_is_the_point_that_holds_on() -> None:
         torch.testing.assert_close(merge_tensors("geometric_median", None, order), corner, atol=1e-4, rtol=0)
     pair = merge_tensors("geometric_median", None, [left, left, right])
     torch.testing.assert_close(pair, left, atol=1e-4, rtol=0)
+    assert torch.equal(merge_tensors("geometric_median", None, [right]), right)

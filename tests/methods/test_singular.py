@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 import mergekit_lite
 from mergekit_lite.methods import merge_states, merge_tensors
+from mergekit_lite.methods.contract import TensorInfo
+from mergekit_lite.methods.matrices import directions, is_taken
 from tests.models import read_folder, write_folder
 
 FIRST = [[0.2, 0, 0, 0.1], [0, 0.1, 0, 0], [0.1, 0, 0.3, 0]]
@@ -155,6 +158,23 @@ def test_streamed_equals_in_memory(case: str, tmp_path: Path) -> None:
         mergekit_lite.merge(recipe, tmp_path / f"out-{threads}", threads=threads)
         got = read_folder(tmp_path / f"out-{threads}")
         assert all(torch.equal(got[name], expected[name]) for name in names)
+
+
+def test_heads_are_told_from_linear_layers_by_name() -> None:
+    heads = ("lm_head", "audio_head", "score", "embed_out", "x.output_layer", "proj_out", "x.emb", "model.output")
+    layers = ("single_transformer_blocks.0.proj_out", "h.0.attn.c_proj", "h.0.output")
+    for name in (*heads, *layers):
+        assert is_taken(TensorInfo(f"{name}.weight", (8, 8), 2, has_base=True), "linear") is (name in layers), name
+
+
+@pytest.mark.parametrize(("share", "rank", "expected"), [(0.14, 50, 7), (0.29, 100, 29), (0.04, 4, 1), (0, 9, 0)])
+def test_shares_of_a_rank_are_those_of_the_numbers_as_written(share: float, rank: int, expected: int) -> None:
+    """Directions beyond the share's would be in the result of cart: its rank shows how many were taken."""
+    assert math.ceil(directions(share, rank)) == expected
+    deltas = [delta[:rank] for delta in drawn(10, 4, (rank, rank + 1))]
+    centre = sum(deltas) / 4
+    deviation = merged("cart", deltas, p=share) - centre
+    assert int(torch.linalg.matrix_rank(deviation)) == min(4 * expected, rank)
 
 
 def test_cart_of_two_models_is_their_mean() -> None:

@@ -212,6 +212,22 @@ def test_refusals_are_told_together(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_layers_of_two_orientations_are_no_one_adapter(tmp_path: Path) -> None:
+    """One config says fan_in_fan_out for all layers; of a square one nothing else would tell that it is turned."""
+    write_adapter(tmp_path / "a", lora("model.x", 8, 8), fan_in_fan_out=True)
+    write_adapter(tmp_path / "b", lora("model.y", 8, 8))
+    with pytest.raises(PlanError, match=r"model\.x has fan_in_fan_out, model\.y has not"):
+        combine_adapters([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", "linear")
+    combine_adapters([str(tmp_path / "a")] * 2, tmp_path / "out", "linear")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+
+
+@pytest.mark.parametrize("rank", [0, 2.5, True, "3"])
+def test_a_rank_is_a_whole_number(rank: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="whole number of at least 1"):
+        combine_adapters(write_three(tmp_path), tmp_path / "out", "linear", rank=rank)
+
+
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_three(tmp_path)
