@@ -76,7 +76,8 @@ class ScoringServer(Server):
             raise Failed(f"{url}: {failed}", repeat=False, stop=True) from failed
 
     def _of_status(self, url: str, response: Response, complaint: bytes, asked: Mapping[str, Any]) -> Failed:
-        if response.status_code >= 500 and b"echo" in complaint:  # llama.cpp has no such thing, and says so by a 500
+        # llama.cpp has no echo, llama-cpp-python takes no ids, and both say so by a 500.
+        if response.status_code >= 500 and any(about in complaint for about in (b"echo", b"validation error")):
             return Failed(
                 f"HTTP {response.status_code}: {self._without_key(complaint.decode(errors='replace'))}", repeat=False
             )
