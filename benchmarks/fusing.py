@@ -202,7 +202,7 @@ def related(kind: str, vocabulary: int) -> Any:
         ids[:, :2] = draws.integers(TEACHER, size=(vocabulary, 2))
         weights = np.zeros((vocabulary, 4), np.float32)
         weights[:, :2] = 0.9, 0.1
-        return Projection(ids, weights)
+        return Projection(ids, weights, TEACHER)
     return None
 
 

@@ -6,7 +6,7 @@ given answers, on seven roads.
     on-policy     SFT for one epoch, then the student's own answers, of which the teachers say how likely they are
     FuseChat      a student for each teacher, by MinCE, and the three merged by SCE
 
-All are trained on as many tokens. The teachers score the answers once. Then ``mergekit-lite distill`` does the rest
+All are planned for as many tokens of responses. The teachers score the answers once. Then ``mergekit-lite distill`` does the rest
 with recipes that lie in the output folder.
 """
 
@@ -83,8 +83,7 @@ def write_recipes(out: Files, size: Size) -> None:
 def write_recipe(path: Path, road: str, folder: str, size: Size, **values: object) -> None:
     parts = ["common", *(["teachers"] if road != "sft" else []), road]
     text = "\n".join((RECIPES / f"{part}.yaml").read_text() for part in parts)
-    asked = size.rows * len(skills.SKILLS) // 6  # in a round of on-policy training
-    path.write_text(Template(text).substitute(folder=folder, batch=size.batch, round=asked, **values))
+    path.write_text(Template(text).substitute(folder=folder, batch=size.batch, asked=size.asked, **values))
 
 
 def teach(out: Files) -> None:

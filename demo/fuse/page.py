@@ -146,10 +146,11 @@ def about(out: Files, judged: Results) -> str:
         f"{len(judged.domains):,} questions that no model has learnt from; {len(out.seeds)} seeds. Answers are drawn "
         "at temperature 1, so a share of right ones is the probability that a model gives them; greedy answers beside. "
         "Each seed has rows of its own, mixes and trains anew; teachers and the student before training are the same "
-        "for all seeds. All roads are trained on as many tokens, as far as rows allow (last table). In brackets: 95 % "
-        "intervals over other seeds and other questions (variances of both added, Student's t). Beyond noise means "
-        "that the interval of the difference leaves out zero; no correction is made for how many differences are "
-        "looked at."
+        "for all seeds. All roads are planned for as many tokens of responses; the last table has those of all steps of "
+        "a road, of FuseChat's three students together, and of the student's own answers, which are as long as they "
+        "come. In brackets: 95 % intervals over other seeds and other questions (variances of both added, Student's "
+        "t). Beyond noise means that the interval of the difference leaves out zero; no correction is made for how "
+        "many differences are looked at."
     )
 
 

@@ -34,13 +34,16 @@ class Size:
 
     steps: dict[str, int]  # that each model is taught, before anything is fused
     rows: int  # to train on, of each skill and seed
+    asked: int  # questions of a round of on-policy training, see ``recipes/onpolicy.yaml``
     held_out: int  # questions of each skill to judge by
     batch: int  # rows of a step
     seeds: int
 
 
-FULL = Size({"llama": 1200, "gemma": 1600, "neox": 1700, "student": 900}, rows=300, held_out=300, batch=16, seeds=3)
-QUICK = Size({**dict.fromkeys(TEACHERS, 30), "student": 120}, rows=12, held_out=4, batch=6, seeds=1)
+FULL = Size(
+    {"llama": 1200, "gemma": 1600, "neox": 1700, "student": 900}, rows=300, asked=112, held_out=300, batch=16, seeds=3
+)
+QUICK = Size({**dict.fromkeys(TEACHERS, 30), "student": 120}, rows=12, asked=6, held_out=4, batch=6, seeds=1)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Log-probabilities of responses, without the logits of a whole batch.
 
 The model's body computes hidden states; its head computes the logits of a chunk of response positions at a time, from
-which the targets' log-probabilities are taken in float32. Where there are several chunks, they are computed again in
-the backward pass. At a vocabulary of 128,000 a batch of 2 × 3 sequences of 2048 tokens would need 6.3 GB of float32
-logits for the forward pass alone; a chunk is 256 MB in float32, and never more than a sixteenth of it is in float32
-where the model computes in 16 bits.
+which the targets' log-probabilities are taken in float32. Chunks are computed again in the backward pass, but for the
+last one, which is still there when that pass begins. At a vocabulary of 128,000 a batch of 2 × 3 sequences of 2048
+tokens would need 6.3 GB of float32 logits for the forward pass alone; a chunk is 256 MB in float32, and never more than
+a sixteenth of it is in float32 where the model computes in 16 bits.
 """
 
 from __future__ import annotations
@@ -110,8 +110,12 @@ def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: b
     states, targets, lengths = states_of(model, batch), batch.targets, batch.lengths
     shape, head = shape_of(model), head_of(model)
     rows = rows_at_once(head)
-    parts = list(zip(torch.split(states, rows), torch.split(targets, rows), strict=True))
-    chunks = [_chunk(head, *part, shape, squares, again=len(parts) > 1) for part in parts]
+    # The last chunk, which isn't computed again, is a full one.
+    counts = [each for each in (len(targets) % rows, *[rows] * (len(targets) // rows)) if each] or [0]
+    parts = list(zip(states.split(counts), targets.split(counts), strict=True))
+    chunks = [
+        _chunk(head, *part, shape, squares, again=place < len(parts)) for place, part in enumerate(parts, start=1)
+    ]
     tokens = torch.cat([logps for logps, _ in chunks])
     means = by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths if squares else None
     return ResponseLogProbs(by_sequence(tokens, lengths), lengths, means, tokens, states)
@@ -200,7 +204,7 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Return ``_TargetLogProbs`` of states (R, H); ``again`` computes the logits anew for the backward pass.
 
-    The only chunk of a batch is kept for it: where that pass begins, one chunk is in memory in either case.
+    That pass goes from the last chunk to the first, so where it begins, the last is in memory in either case.
     """
 
     def run(states: Tensor, targets: Tensor) -> Any:

@@ -14,7 +14,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +62,8 @@ def teach(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> 
     for teacher in recipe.teachers:
         tokenizer = tokenizer_of(teacher.model)
         with _file(recipe, teacher, tokenizer) as file:
+            for note in file.notes:
+                reporter.warn(f"{teacher.name}: {note}")
             missing += _teach(teacher, tokenizer, rows, file, reporter)
             table.append(_told(teacher, file))
         if teacher.server is None:
@@ -106,18 +107,19 @@ def _teach(
 ) -> list[str]:
     """Ask one teacher for what it hasn't said. Returns a message where rows are missing at the end."""
     problems: list[str] = []
-    there = Counter(row.key in file for row in text_rows(rows, teacher, problems))
-    total = there.total()
+    given = {row.key: row for row in text_rows(rows, teacher, problems)}
+    missing = [row for row in given.values() if row.key not in file]
+    total, done = len(given), len(given) - len(missing)
+    del given
     if problems:
         reporter.warn(listing(f"Rows of {rows} left out", problems))
     reader = Reader(ChatTemplate(tokenizer), teacher.system)
     scorer = scorer_of(teacher, tokenizer)
-    wanted = (row for row in text_rows(rows, teacher, []) if row.key not in file)
     added = lost = 0
-    with reporter.progress(teacher.name, total, there[True]) as advance:
-        while window := list(islice(wanted, scorer.at_once)) if there[False] else []:
-            single = {row.key: row for row in window}.values()
-            asked = [each for row in single if (each := _read(reader, scorer, row)) is not None]
+    with reporter.progress(teacher.name, total, done) as advance:
+        for start in range(0, len(missing), scorer.at_once):
+            window = missing[start : start + scorer.at_once]
+            asked = [each for row in window if (each := _read(reader, scorer, row)) is not None]
             advance(len(window) - len(asked))
             left = len(asked)
             for place, said in scorer.score([each.tokens for each in asked]):
@@ -138,7 +140,7 @@ def _teach(
         reporter.warn(f"{teacher.name}: {counted(reader.left.total(), 'row')} left out: {_reasons(reader.left)}")
     if lost:
         return [f"{teacher.name}: {lost:,} of {total:,}. {scorer.why_missing}"]
-    if not there[True] + added:
+    if not done + added:
         why = _reasons(reader.left) if reader.left else "no row is of its domains"
         raise RunError(f"{teacher.name} has nothing to say of {counted(total, 'row')} of {rows}: {why}.")
     return []

@@ -28,6 +28,7 @@ NORM_EPSILON = 1e-6  # of the released code: added to the length of F
 
 
 @method(
+    given="data",
     base="none",
     statistics="fisher",
     check=have_a_mean,

@@ -30,6 +30,7 @@ from mergekit_lite.methods.registry import method
 
 
 @method(
+    given="data",
     base="none",
     statistics="gram",
     check=have_a_mean,

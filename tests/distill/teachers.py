@@ -84,7 +84,7 @@ def projection(seed: int, student: int, teacher: int) -> Projection:
         ids[row, :entries] = draws.permutation(teacher)[:entries]
         shares = np.sort(draws.random(entries))[::-1]
         weights[row, :entries] = shares / shares.sum()
-    return Projection(ids, weights)
+    return Projection(ids, weights, teacher)
 
 
 def in_float32(targets: Targets) -> Targets:

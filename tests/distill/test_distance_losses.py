@@ -225,3 +225,17 @@ def test_never_more_than_one_chunk_of_logits(name, monkeypatch):
         _, (losses,) = distance_losses(model, batch, [given], DISTANCES[name], DISTANCES[name].defaults, [known])
         losses.mean().backward()
     assert rows * vocabulary // 2 < seen.most[torch.float32] <= rows * vocabulary * 1.25
+
+
+def test_the_last_chunk_is_full_and_computed_once(monkeypatch):
+    """The head's rows, forward and backward, of 12 positions in chunks of 5: only 2 and 5 are computed again."""
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    model = causal_model(vocabulary=VOCABULARY)
+    batch = padded(batch_of(12))
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    logprobs.response_log_probs(model, batch).sums.sum().backward()
+    assert seen == [2, 5, 5, 5, 2]
+    seen.clear()
+    distance_losses(model, batch, [], DISTANCES["jsd"], {}, [])[0].sum().backward()
+    assert seen == [2, 5, 5, 5, 2]

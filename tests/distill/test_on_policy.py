@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -349,7 +350,6 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     found = check(recipe(tmp_path, [strong], source=source, **wrong))
     expected = [
         "TrainingArguments have no 'weight_decya'",
-        f"the teacher strong: {tmp_path / 'nowhere'} is no folder",
         "leave no room for a prompt in max_length, 200",
         "holds no prompts out",
         "too_long: cut would train on other prompts",
@@ -361,6 +361,30 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     for text, problem in zip(expected, found, strict=True):
         assert text in problem
     assert any("'extra_body' is for a server" in problem for problem in check(recipe(tmp_path, [strong], **wrong)))
+
+
+def test_teachers_are_looked_at_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match="strong: .*nowhere is no folder"):
+        trained(recipe(tmp_path, [{"name": "strong", "model": str(tmp_path / "nowhere")}]))
+    assert not (tmp_path / "out" / "train").exists()
+
+
+def test_a_round_that_nothing_can_be_learnt_from_says_what_to_do_and_goes_on_once_it_is_done(tmp_path):
+    made = recipe(tmp_path, [teacher(tmp_path / "strong")], rounds=1)
+    config = tmp_path / "strong" / "config.json"
+    whole = config.read_text()
+    config.write_text(json.dumps(json.loads(whole) | {"max_position_embeddings": 4}))
+    partial = tmp_path / "out" / "train" / "on_policy.partial"
+    for _ in range(2):  # the same again
+        with pytest.raises(RunError) as ended:
+            trained(made)
+        assert "on_policy: round 1 of 1: none of its 8 answers can be learnt from" in str(ended.value)
+        assert "strong: it is longer than the 4 tokens that the model takes (8×)" in str(ended.value)
+        assert f"delete {partial / 'rounds' / '0001' / 'teachers'}" in str(ended.value)
+    config.write_text(whole)
+    shutil.rmtree(partial / "rounds" / "0001" / "teachers")
+    trained(made)
+    assert (tmp_path / "out" / "train" / "on_policy").exists()
 
 
 def test_too_few_prompts(tmp_path):

@@ -35,6 +35,7 @@ def projection(
     entries: int = 4,
     *,
     rows: int | None = None,
+    width: int | None = None,
 ) -> Projection:
     """Return W, (V_student, entries).
 
@@ -46,6 +47,7 @@ def projection(
         teacher: likewise.
         entries: the most of a row, of the pieces of a token, too.
         rows: of the student's head, where it has more than its tokenizer has tokens.
+        width: of the teacher's, likewise.
 
     Raises:
         ValueError: a tokenizer isn't of the package tokenizers.
@@ -61,7 +63,8 @@ def projection(
     row, column, weight = _summed(row[usual], column[usual], weight[usual], other.rows)
     pinned = np.flatnonzero(exact != NOBODY)
     row, column = np.concatenate([row, pinned]), np.concatenate([column, exact[pinned]])
-    return _largest(row, column, np.concatenate([weight, np.ones(len(pinned))]), height, entries)
+    ids, weights = _largest(row, column, np.concatenate([weight, np.ones(len(pinned))]), height, entries)
+    return Projection(ids, weights, max(other.rows, width or 0))
 
 
 Triples = tuple["npt.NDArray[np.int64]", "npt.NDArray[np.int64]", "npt.NDArray[np.float64]"]
@@ -95,7 +98,7 @@ def _largest(
     weight: npt.NDArray[np.float64],
     height: int,
     entries: int,
-) -> Projection:
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Keep the largest entries of each row, of equal ones those of lower ids, and make their sum 1."""
     order = np.lexsort((column, -weight, row))
     row, column, weight = row[order], column[order], weight[order]
@@ -106,7 +109,7 @@ def _largest(
     weights = np.zeros((height, entries), np.float32)
     ids[row, rank] = column
     weights[row, rank] = weight / np.bincount(row, weight, height)[row]
-    return Projection(ids, weights)
+    return ids, weights
 
 
 def _pieces(spelling: Spelling, by: PreTrainedTokenizerBase) -> Iterable[tuple[int, Sequence[int]]]:

@@ -38,10 +38,12 @@ class Projection:
     Attributes:
         teacher_ids: (V_student, 4) int32, the largest weight first; −1 where a row has fewer.
         weights: (V_student, 4) float32; 0 there.
+        width: V_teacher, of its head.
     """
 
     teacher_ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
+    width: int
 
 
 def exact_map(

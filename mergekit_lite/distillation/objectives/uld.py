@@ -98,9 +98,7 @@ def _by_projection(
     rows = rows[order][torch.argsort(main[rows[order]], stable=True)]
     new = torch.ones_like(rows, dtype=torch.bool)
     new[1:] = main[rows][1:] != main[rows][:-1]
-    known = int(ids.max()) + 1
-    listed = int(targets.top_ids.max()) + 1 if targets.top_ids.numel() else 0
-    own = torch.full((max(known, listed),), -1, device=device)
+    own = torch.full((vocabulary.width,), -1, device=device)
     own[main[rows[new]]] = rows[new]
     return _hybrid(own, size, targets.log_probs)
 

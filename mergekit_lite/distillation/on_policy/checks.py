@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mergekit_lite.distillation.recipe.schema import OnPolicy, Recipe, RecipeSource
 from mergekit_lite.distillation.training import arguments
@@ -37,9 +36,6 @@ def _teachers(recipe: Recipe) -> Iterator[str]:
         yield f"{SECTION}: learns from teachers, and the recipe has no 'teachers'"
     if recipe.rows is None and not recipe.prompts and not any(source.answers for source in recipe.sources):
         yield f"{SECTION}: asks prompts, and the recipe has no 'prompts'"
-    for teacher in recipe.teachers:
-        if Path(teacher.model).is_absolute() and not Path(teacher.model).is_dir():
-            yield f"the teacher {teacher.name}: {teacher.model} is no folder"
 
 
 def _lengths(settings: OnPolicy) -> Iterator[str]:

@@ -108,11 +108,11 @@ class Rounds:
         self._tell_lengths(number, answers)
         scores = {teacher.name: self._scores(number, teacher, prompts, answers) for teacher in self.teachers}
         usable, why = _usable(answers, prompts, scores, [teacher.settings for teacher in self.teachers])
-        if why:
-            left = [f"{reason} ({count:,}×)" for reason, count in why.most_common()]
-            self.reporter.warn(listing(f"{self._name(number)}: {counted(why.total(), 'answer')} left out", left))
+        left = [f"{reason} ({count:,}×)" for reason, count in why.most_common()]
         if not usable:
-            raise RunError(f"{self._name(number)}: no answer can be learned from.")
+            raise RunError(self._nothing_learnt(number, left))
+        if why:
+            self.reporter.warn(listing(f"{self._name(number)}: {counted(why.total(), 'answer')} left out", left))
         bare = [self._bare(answer) for answer in usable]
         places = order(len(bare), self.plan.size, self.seed, f"{STAGE} {number}")
         ordered = OrderedRows(bare, places)
@@ -127,6 +127,22 @@ class Rounds:
             for row, answer in zip(bare, usable, strict=True)
         ]
         return OrderedRows(rows, ordered.order)
+
+    def _nothing_learnt(self, number: int, left: Sequence[str]) -> str:
+        """Return the message about a round without an answer to learn from.
+
+        To leave the round out would be steps without a gradient, of a student that has most likely collapsed.
+        """
+        heading = f"{self._name(number)}: none of its {counted(self.plan.answers, 'answer')} can be learnt from"
+        teachers, partial = self._folder(number) / "teachers", self.folder.parent
+        return listing(heading, left) + (
+            "\nThe same command finds the same answers and reasons, and ends here again.\n"
+            f"Where a teacher or its server is to blame, mend it and delete {teachers}: it is asked anew, and the "
+            "training goes on.\n"
+            "Where the student's answers are (empty, cut, nothing that a teacher's template may hold), look at those "
+            f"of the rounds before in {self.folder}. Training must then begin anew, with a lower learning_rate or more "
+            f"prompts a round: delete {partial}, or move it away. Its last checkpoint is the student as it was before."
+        )
 
     def tasks(self, number: int) -> list[Task]:
         """Return the tasks of a round: the next prompts in an order that is drawn anew whenever all were asked."""

@@ -23,6 +23,7 @@ from xxhash import xxh3_128
 from mergekit_lite.answers.asking import Respondent
 from mergekit_lite.answers.rows import Prompt, with_system
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
+from mergekit_lite.distillation import teach
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.on_policy.checks import prompt_limit
 from mergekit_lite.distillation.on_policy.rounds import STAGE, Plan, Rounds, planned
@@ -105,6 +106,7 @@ class OnPolicyStage(TrainingStage):
         if self.final.exists():
             self._accept(reporter)
             return
+        teach.check(self.recipe)
         template = ChatTemplate(tokenizer_of(self.start))
         prompts, tokens = self._prompts(template, reporter)
         plan = planned(self.own, len(prompts))

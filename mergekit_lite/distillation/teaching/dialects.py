@@ -5,6 +5,8 @@
 - SGLang: ``/generate`` with ``return_logprob``, ``logprob_start_len`` and ``top_logprobs_num``: the same, unbounded.
 - Those that have OpenAI's former ``echo`` with ``logprobs`` in ``/v1/completions`` (llama-cpp-python, services) tell
   texts of tokens, which may be those of several ids: from them come only the own log-probabilities of the tokens sent.
+  llama-cpp-python (0.3.36) takes texts alone, and leaves the model's first token (BOS) out of what it tells, wherever
+  it is. Where a text begins with another one, its log-probabilities are those of one place later, and worth nothing.
 
 llama.cpp's server refuses ``echo`` and tells log-probabilities of generated tokens only; so does ``transformers
 serve``, and Ollama. The tokens that a server tells, or their texts, are held to those that were sent: where one adds a
@@ -28,6 +30,10 @@ NEXT_TO_NOTHING = -9999.0  # what vLLM sends for −∞, which JSON hasn't
 TOKEN_ID = "token_id:"  # before the id, where vLLM sends ids in the place of texts
 BLANKS = {ord("▁"): " ", ord("Ġ"): " ", ord("Ċ"): "\n"}
 OTHER_TOKENS = "its tokens are not those that were sent"
+SHIFTED = (
+    f"{OTHER_TOKENS}: it tells no generated one after them, as llama-cpp-python where a text doesn't begin with its "
+    "model's BOS token. Its log-probabilities are then those of one place later."
+)
 UNSURE = "�"  # a part of a character
 DIGITS = re.compile(r"[0-9]{1,10}")
 
@@ -171,14 +177,28 @@ class Echo:
         sent = [*tokens.prompt, *tokens.response]
         if len(values) <= 1:  # the one that was generated
             raise Absent
-        if len(texts) not in (len(sent), len(sent) + 1):
+        usage = content.get("usage")
+        read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if self.text is not None and type(read) is int and read != len(sent):
+            raise self._other(f"it has read {read:,} tokens of the text, which are {len(sent):,} here")
+        if len(texts) == len(sent) and self._difference(texts, sent) is None:  # without the one that was generated
+            raise Failed(SHIFTED, repeat=False, stop=self.text is None)
+        told = sent if len(texts) == len(sent) + 1 else [token for token in sent if token != sent[0]]
+        if len(texts) - len(told) not in (0, 1):
             raise self._other(f"it tells {len(texts) - 1:,} tokens, and {len(sent):,} were sent")
+        if (why := self._difference(texts, told)) is not None:
+            raise self._other(why)
+        if told is not sent and sent[0] in tokens.response:
+            raise self._other(f"it leaves {self.spell(sent[0])!r} out, which is in the response")
+        own = values[len(told) - len(tokens.response) : len(told)]
+        return _said([_float(value) for value in own], [[] for _ in tokens.response], 0)
+
+    def _difference(self, texts: Sequence[Any], sent: Sequence[int]) -> str | None:
+        """Return where texts that are told aren't those of the tokens that were sent; None where they may be."""
         for place, (text, token) in enumerate(zip(texts, sent, strict=False)):
             if not self._is(text, token):
-                raise self._other(f"token {place:,} is {text!r} there, and {self.spell(token)!r} here")
-        return _said(
-            [_float(value) for value in values[len(tokens.prompt) : len(sent)]], [[] for _ in tokens.response], 0
-        )
+                return f"token {place:,} is {text!r} there, and {self.spell(token)!r} here"
+        return None
 
     def _other(self, why: str) -> Failed:
         """Return the error of other tokens: of one row alone, where its text is sent and cut into tokens there."""

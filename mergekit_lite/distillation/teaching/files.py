@@ -44,6 +44,7 @@ class TaughtFile:
         folder: the folder.
         settings: what made the rows: ``teacher``, ``vocabulary`` (a number that all ids are below), ``top`` (the
             likeliest tokens kept of each position) and others.
+        notes: of bytes in its files that are left out.
     """
 
     def __init__(self, folder: str | Path):
@@ -60,6 +61,12 @@ class TaughtFile:
         self._end = 0  # of its records
         scans = {path: shard.load(path, self._head) for path in self._paths()}
         self._entries = _sorted([scan.entries for scan in scans.values()])
+        self.notes = [
+            f"{path}: the last {scan.size - scan.end:,} bytes are no whole row, as a kill leaves it, or damaged: what "
+            "is in them is left out, and the stage `teach` asks for it again"
+            for path, scan in scans.items()
+            if scan.end < scan.size
+        ]
         self._new: dict[str, Any] = {}  # entries of the shard that is written, by key
 
     @classmethod

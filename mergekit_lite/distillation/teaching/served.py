@@ -76,7 +76,10 @@ class ScoringServer(Server):
             raise Failed(f"{url}: {failed}", repeat=False, stop=True) from failed
 
     def _of_status(self, url: str, response: Response, complaint: bytes, asked: Mapping[str, Any]) -> Failed:
-        if response.status_code >= 500 and b"echo" in complaint:  # llama.cpp has no such thing, and says so by a 500
+        # llama.cpp has no echo, llama-cpp-python takes no ids, and both say so by a 500.
+        if response.status_code >= 500 and any(
+            about in complaint for about in (b"echo", b"logprobs", b"validation error")
+        ):
             return Failed(
                 f"HTTP {response.status_code}: {self._without_key(complaint.decode(errors='replace'))}", repeat=False
             )
@@ -194,9 +197,13 @@ class ServedScorer:
         if self._tried(generate, short, top, complaints) is None:
             return self._client(generate, top)
         if either.found is None:
-            echo = Echo(self._spell, self._text)
-            if self._tried(echo, row, 0, complaints) is None:
-                either.found = echo
+            # A server may put the first token before each text itself.
+            begins = row.prompt[0] == self.tokenizer.bos_token_id
+            for text in (self._text, *([lambda tokens: self._text(tokens[1:])] if begins else [])):
+                echo = Echo(self._spell, text)
+                if self._tried(echo, row, 0, complaints) is None:
+                    either.found = echo
+                    break
         if either.found is not None and not top:
             return self._client(either.found, 0)
         if either.found is not None:

@@ -3,8 +3,8 @@
 As in ``answers/logprobs.py`` the head computes the logits of a chunk of positions at a time, here cut where no group of
 any teacher is. One pass over a chunk's logits answers all that its distances ask (``objectives/distance.py``): the
 log-probabilities of a few listed tokens a position and the mass of the others, and for those that need it a sparse
-product. The rest is arithmetic on a few numbers a position. In the backward pass a chunk among several is computed
-again, and its gradient overwrites its logits.
+product. The rest is arithmetic on a few numbers a position. In the backward pass chunks are computed again, but for the
+last one, which is still there, and their gradients overwrite their logits.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def distance_losses(
     found = []
     for part in parts:
         given = states[part.positions], tokens[part.positions], part.targets
-        if len(parts) > 1 and torch.is_grad_enabled():
+        if part is not parts[-1] and torch.is_grad_enabled():
             found.append(checkpoint(run, *given, use_reentrant=False))
         else:
             found.append(run(*given))
@@ -94,19 +94,19 @@ class _Part:
 
 
 def _parts(targets: Sequence[Targets], positions: int, rows: int) -> Iterator[_Part]:
-    """Cut R positions into parts of at most ``rows``, or of one group that is longer.
+    """Cut R positions into parts of at most ``rows``, or of one group that is longer, as full as can be from the end.
 
     The groups of a part follow each other, and those of all parts are all groups, in their order.
     """
     reached = [each.student_groups.cummax(0).values.cpu() for each in targets]
     cuts = _cuts([each.student_groups.cpu() for each in targets], positions)
-    ends = [0]
-    while ends[-1] < positions:
-        at = int(torch.searchsorted(cuts, ends[-1] + rows, right=True)) - 1
-        end = int(cuts[at])
-        ends.append(end if end > ends[-1] else int(cuts[at + 1]))
+    ends = [positions]
+    while ends[0] > 0:
+        at = int(torch.searchsorted(cuts, ends[0] - rows))
+        start = int(cuts[at])
+        ends.insert(0, start if start < ends[0] else int(cuts[at - 1]))
     taught = [each.teacher_groups.cummax(0).values for each in targets]
-    for start, end in zip(ends or [0], ends[1:] or [0], strict=False):
+    for start, end in zip(ends, ends[1:] or [0], strict=False):
         chosen = []
         for each, mine, theirs in zip(targets, reached, taught, strict=True):
             first = int(mine[start - 1]) + 1 if start else 0

@@ -83,6 +83,7 @@ def taught_rows(
     tokens.notes += [f"{counted(number, 'row')} not aligned: {why}." for why, number in unplaced.most_common()]
     tokens.counts["not taught"] = len(tokens.rows) - len(found)
     tokens.counts["kept"] = len(found)
+    tokens.notes += [f"{each.teacher.name}: {note}." for each in teachers for note in each.file.notes]
     for name, number in lacking.items():
         missing = f"{name} has not scored {counted(number, 'row')} of its domains"
         tokens.notes.append(f"{missing}: such rows learn from the others alone.")

@@ -48,8 +48,8 @@ def vocabulary_of(
         rows: of both heads. They may have more than tokenizers have tokens; of the student's, those beyond are none.
     """
     if distance.vocabulary == "projection":
-        found = projection(student, teacher, rows=rows[0])
-        return Projection(found.teacher_ids[: rows[0]], found.weights[: rows[0]])
+        found = projection(student, teacher, rows=rows[0], width=rows[1])
+        return Projection(found.teacher_ids[: rows[0]], found.weights[: rows[0]], found.width)
     if distance.vocabulary != "map" or has_vocabulary_of(student, teacher):
         return None
     own = (exact_map if how == "exact" else edit_distance_map)(student, teacher, rows=rows[1]).student_ids

@@ -22,7 +22,7 @@ class Scoring:
 
     model: Any
     tokenizer: Any
-    way: str  # vllm, sglang, echo, echo of text, llama.cpp, nothing
+    way: str  # vllm, sglang, echo, echo of text, llama-cpp-python, llama.cpp, nothing
     mood: Callable[[int], str | int | None] = lambda request: None  # drop, garbage, or a status
     most: int = 20  # likeliest tokens
     caps: int | None = None  # tells no more likely tokens than these, whatever is asked
@@ -50,7 +50,23 @@ class Scoring:
             if not isinstance(body["prompt"], str):
                 return 422, {"detail": "prompt: Input should be a valid string"}
             return 200, self.echo(self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"])
+        if self.way == "llama-cpp-python":
+            return self.llama_cpp_python(body["prompt"])
         return 200, {"choices": [{"text": "x", "logprobs": None}]}
+
+    def llama_cpp_python(self, prompt: Any) -> Status:
+        """As its code: no ids; rows of log-probabilities beside tokens from the second on, if the first is BOS."""
+        if not isinstance(prompt, str):
+            return 500, {"error": {"message": "1 validation errors: Input should be a valid string"}}
+        ids = [*self.adds, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        rows = self.log_probs([*ids, 0])
+        begin = self.tokenizer.bos_token_id
+        told = [*ids[ids[0] == begin :], 0]
+        kept = [(token, row) for token, row in zip(told, rows, strict=False) if token != begin]
+        texts = [self.tokenizer.decode([token], skip_special_tokens=True) for token, _ in kept]
+        values = [None, *(row[token].item() for token, row in kept[1:])]
+        usage = {"prompt_tokens": len(ids)}
+        return 200, {"choices": [{"logprobs": {"tokens": texts, "token_logprobs": values}}], "usage": usage}
 
     def vllm(self, body: dict[str, Any]) -> Status:
         """As vLLM: a mapping from ids for each token but the first, the token itself beside the likeliest."""

@@ -87,6 +87,21 @@ def test_a_torn_tail_is_dropped_at_every_byte(tmp_path: Path) -> None:
         assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("place", [2, 40])  # in the record's length, and in what is encoded
+def test_a_damaged_row_and_what_follows_it_are_told(tmp_path: Path, place: int) -> None:
+    assert filled(tmp_path, 5) and TaughtFile(tmp_path).notes == []
+    path = tmp_path / "00000.taught"
+    content = bytearray(path.read_bytes())
+    lengths = [len(shard.record_of(row, 300)) for row in ROWS[:5]]
+    content[shard.HEAD + sum(lengths[:2]) + place] ^= 255
+    path.write_bytes(content)
+    file = TaughtFile(tmp_path)
+    assert len(file) == 2
+    assert f"{path}: the last {sum(lengths[2:]):,} bytes are no whole row" in file.notes[0]
+    filled(tmp_path, 5)
+    assert len(TaughtFile(tmp_path)) == 5 and TaughtFile(tmp_path).notes == []
+
+
 def test_zeros_after_the_last_row_are_dropped(tmp_path: Path) -> None:
     """As a power cut may leave them."""
     path = filled(tmp_path, 3) / "00000.taught"

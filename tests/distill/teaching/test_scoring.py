@@ -105,6 +105,27 @@ def test_servers_say_the_same(way: str, top: int) -> None:
     assert fake.requests.total() - len(asked) == {"vllm": 1, "sglang": 2, "echo": 1, "echo of text": 3}[way]
 
 
+@pytest.mark.parametrize("itself", [False, True])
+def test_llama_cpp_python_says_the_same(itself: bool) -> None:
+    """It takes texts alone, may put BOS before them itself, and leaves BOS out of what it tells, wherever it is."""
+    made = tokenizer()
+    made.bos_token = made.eos_token
+    begin = made.bos_token_id
+    asked = [Tokens((begin, *row.prompt, begin), row.response) for row in rows()]
+    with scoring_server(Scoring(MODEL, made, "llama-cpp-python", adds=(begin,) if itself else ())) as fake:
+        found = dict(ServedScorer(settings(server=fake.url, top=0), made).score(asked))
+    assert sorted(found) == list(range(len(asked)))
+    for place, said in found.items():
+        assert_same(said, plainly(asked[place], 0))
+
+
+def test_log_probabilities_of_one_place_later_are_refused() -> None:
+    """Those of llama-cpp-python where a text doesn't begin with BOS."""
+    with scoring_server(Scoring(MODEL, TOKENIZER, "llama-cpp-python")) as fake:
+        with pytest.raises(RunError, match="are then those of one place later"):
+            list(ServedScorer(settings(server=fake.url, top=0), TOKENIZER).score(rows()))
+
+
 def test_one_request_finds_out_what_vllm_is() -> None:
     with scoring_server(Scoring(MODEL, TOKENIZER, "vllm")) as fake:
         list(ServedScorer(settings(server=fake.url), TOKENIZER).score(rows(4)))

@@ -181,6 +181,16 @@ def test_all_problems_at_once(place: Path) -> None:
     assert not (place / "out" / "teach").exists()
 
 
+def test_what_damage_has_lost_is_told_and_asked_again(place: Path) -> None:
+    taught(place)
+    path = place / "out" / "teach" / "strong" / "00000.taught"
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + bytes([content[100] ^ 255]) + content[101:])
+    lines = taught(place).lines
+    assert any("bytes are no whole row" in line for line in lines) and "strong: 0 of 12" in lines
+    assert path.read_bytes() == content
+
+
 def test_rows_that_can_not_be_taught_are_told(place: Path) -> None:
     rows = sft_rows(12)
     rows[3]["response"] = "an <|im_end|> inside"
