@@ -12,7 +12,7 @@ layers that store their weights transposed are taken the other way round; here o
 direction that W doesn't have at all, its singular value being zero, resembles nothing.
 
 The singular vectors follow from the smaller Gram matrix in float64, a weight at a time: two eigendecompositions of
-min(m, n)², and three matrices of (m, n). On the adapter's side all is small: its factors, with a column and a row more
+min(m, n)², for which some seven matrices of that size are in memory. On the adapter's side all is small: its factors, with a column and a row more
 for each intruder, are cut in their core space (``spaces``).
 """
 
