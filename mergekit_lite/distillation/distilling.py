@@ -35,9 +35,9 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
         MergekitLiteError: a model can't be asked, judged or trained. What was finished is kept.
     """
     loaded, reporter = load(Path(recipe)), reporter or Reporter()
-    training.check(loaded)  # what would be refused hours later
+    teaching.check(loaded)  # what would be refused hours later
+    training.check(loaded)
     sampling.check(loaded, and_target=True)
-    teaching.check(loaded)
     for _ in range(1 if loaded.target_source is None else 2):  # the target answers for itself once its SFT is done
         reporter.line("[sample]")
         sampling.sample(loaded, reporter, skip_missing=skip_missing)
