@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import mergekit_lite
 from mergekit_lite.checkpoint.references import plain_reference
@@ -13,11 +14,9 @@ from mergekit_lite.multimerge import plan_documents
 from mergekit_lite.recipe import Recipe, text_of
 from mergekit_lite.recipe.documents import parse_documents
 from tests.models import State, read_folder, state, tuned, write_folder
+from tests.shipped import FILES
+from tests.statistics_files import write_those_of
 
-ROOT = Path(__file__).parents[1]
-FILES = sorted(
-    {*(ROOT / "recipes").rglob("*.yml")} - {*(ROOT / "recipes" / "moe").iterdir()}
-)  # tests/mixtures has those
 LAYERS, HIDDEN = 6, 8
 BESIDE_STATE = ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")  # what the recipes' filters name
 
@@ -65,6 +64,8 @@ def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             tensors = with_a_tower(tensors)
         write_folder(tmp_path / plain_reference(model).partition("@")[0], tensors, config=config)
     monkeypatch.chdir(tmp_path)
+    if len(documents) == 1:
+        write_those_of(yaml.safe_load(file.read_text()))
     steps = plan_documents(documents, "out")
     for document, step in zip(documents, steps, strict=True):
         assert not [note for note in step.plan.notes if "under other names: model. → model.language" not in note]

@@ -110,6 +110,8 @@ def test_no_command_shows_what_a_terminal_obeys(place: Path) -> None:
         ["boost", "sft", odd, "--prompts", f"no{TRICKS}.jsonl", "--score", "maths", "-o", "boosted", "--dry-run"],
         ["preview", "sft", odd, "--alpha", "0.3", "--prompt", TRICKS],
         ["preview", f"./{TRICKS}", "dpo", "--alpha", TRICKS, "--prompt", "a"],
+        ["statistics", odd, "--prompts", f"no{TRICKS}.jsonl", "-o", "s.safetensors"],
+        ["statistics", "sft", "--prompts", "r.yml", "-o", f"s{ESCAPES}.txt"],
         ["push", "out", f"org/{TRICKS}"],
         ["moe", "r.yml", "-o", f"mixture{TRICKS}"],
         ["moe", f"no{TRICKS}", "-o", "mixture"],

@@ -10,10 +10,10 @@ import pytest
 from mergekit_lite.methods import METHODS
 from mergekit_lite.recipe import Recipe, outputs, parse, resolve, text_of
 from mergekit_lite.recipe.documents import final, parse_documents
+from tests.shipped import FILES, ROOT
 
-ROOT = Path(__file__).parents[2]
 SEVERAL = sorted((ROOT / "recipes/documents").glob("*.yml"))
-RECIPES = sorted({*(ROOT / "recipes").rglob("*.yml")} - {*SEVERAL, *(ROOT / "recipes/moe").iterdir()})
+RECIPES = [path for path in FILES if path not in SEVERAL]
 INSIDE = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
 NAMES = [
     "model.embed_tokens.weight",

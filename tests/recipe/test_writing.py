@@ -12,9 +12,8 @@ from mergekit_lite.errors import UsageError
 from mergekit_lite.recipe import Override, Recipe, Slice, Source, as_data, parse, text_of, to_yaml
 from mergekit_lite.recipe.documents import parse_documents
 from mergekit_lite.recipe.rules import Filter, Rule, Rules
+from tests.shipped import FILES
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-FILES = sorted({*RECIPES.rglob("*.yml")} - {*(RECIPES / "moe").iterdir()})
 TEXTS = st.sampled_from(["*", "mlp", "0x1", "null", "2024-01-01", "regex:^q|(k+)$", "a: b", "é"])
 RANGES = st.tuples(st.integers(0, 5), st.integers(6, 9))
 FILTERS = st.builds(Filter, TEXTS, st.none() | RANGES)

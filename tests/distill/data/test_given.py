@@ -241,7 +241,8 @@ def test_contradictions_are_told_with_their_places(tmp_path: Path) -> None:
         2
     ]
     for what in ("no scorer of the kind 'given' is named 'gpt5'", "no 'answers' of a source give scores to 'gpt4'",
-                 "'samples' has no effect here: the answers are given", "sources[2] has no 'model', and no 'answers'",
+                 "'samples' has no effect here: the answers are given",
+                 "sources[2] has no 'model', no 'aggregate' and no 'answers'",
                  "the recipe has no 'pairs'", "can't judge what the trained models answer"):  # fmt: skip
         assert what in error, error
 
