@@ -2,7 +2,7 @@
 # make demo-boost   let boost find the alpha for the demo's pair (minutes, after make demo)
 # make demo-distill   three strong models teach a small one on three roads, all measured (a quarter of an hour)
 # make demo-fuse      three teachers of other tokenizers, what they say of given answers, seven roads, all measured (20 minutes)
-# make demo-merge     three fine-tunes of one model and their adapters, merged by every method, all measured (10 minutes)
+# make demo-merge     three fine-tunes of one model and their adapters, merged by every method, all measured (12 minutes)
 # make demo-real   a released model: DPO on its own answers, extrapolation, costs, rounding (an hour)
 # make test    the test suite
 # make test-slow   the tests that take long: proofs by many runs, very many tensors, every family by every command

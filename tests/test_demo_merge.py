@@ -12,12 +12,14 @@ from click.testing import CliRunner
 from demo.distill import making, models
 from demo.distill.making import Lesson
 from demo.distill.results import Measured
-from demo.distill.skills import SKILLS
+from demo.distill.skills import SKILLS, is_held_out, is_right
 from demo.merge import page
-from demo.merge.__main__ import adapters, boosts, document, fine_tunes, whole_models, write_questions
+from demo.merge.__main__ import adapters, boosts, document, fine_tunes, statistics, whole_models, write_questions
 from demo.merge.pictures import BLUE, GREEN, GREY, ORANGE, colour_of
 from demo.merge.plan import BOOSTED, LEFT_OUT, QUICK, RANK, Files, density, merges, weights
 from mergekit_lite.boosting.candidates.tunable import parse
+from mergekit_lite.checkpoint.statistics_file import open_statistics
+from mergekit_lite.commands import main as mergekit_lite
 from mergekit_lite.methods import METHODS
 from mergekit_lite.multimerge import plan_documents
 from mergekit_lite.recipe.documents import parse_documents
@@ -46,6 +48,9 @@ def out(tmp_path_factory):
             done = CliRunner().invoke(making.main, words[words.index("demo.distill.making") + 1 :])
             assert done.exit_code == 0, done.output
     write_questions(out, QUICK)
+    for job in statistics(out):
+        done = CliRunner().invoke(mergekit_lite, list(job.command[job.command.index("mergekit_lite") + 1 :]))
+        assert done.exit_code == 0, done.output
     return out
 
 
@@ -78,6 +83,14 @@ def test_boost_begins_within_the_ranges_that_it_searches(out):
             for key in each.path:
                 value = value[int(key) if isinstance(value, list) else key]
             assert each.range.low <= value <= each.range.high
+
+
+def test_statistics_are_of_answers_to_questions_that_nobody_is_judged_by(out):
+    for skill in SKILLS:
+        rows = [json.loads(line) for line in out.prompts(skill).read_text().splitlines()]
+        assert len(rows) == QUICK.read and all(is_right(row["prompt"], row["reference"]) for row in rows)
+        assert not any(is_held_out(row["prompt"]) for row in rows)
+        assert open_statistics(str(out.statistics(0, skill, "fisher"))).examples == QUICK.read
 
 
 def test_boost_and_judge_ask_other_questions(out):

@@ -1,9 +1,9 @@
 """``make demo-merge``: three fine-tunes of one small model, one for each skill, made one model by every method.
 
 The base has learnt a little of all three skills. Each seed makes a base, its fine-tunes and their LoRA adapters anew,
-and merges them: by all methods with their defaults, by three with the numbers that ``boost`` finds, the adapters in
-spaces that they have in common, and by peft's own merging. Beside them: the base, and the base tuned on all skills at
-once.
+and merges them: by all methods with their defaults (some read statistics of the fine-tunes), by three with the numbers
+that ``boost`` finds, the adapters in spaces that they have in common, and by peft's own merging. Beside them: the base,
+and the base tuned on all skills at once.
 """
 
 import random
@@ -37,6 +37,8 @@ def main(out: Path, seeds: tuple[int, ...], size: Size) -> None:
     with stage("Fine-tunes and adapters"):
         make_models(fine_tunes(there, size), there.logs)
     write_questions(there, size)
+    with stage("Statistics of the fine-tunes, for methods that need some"):
+        run(statistics(there), there.logs)
     with stage("Merges"):
         run(combinations(there), there.logs)
         run(whole_models(there), there.logs)
@@ -62,14 +64,37 @@ def fine_tunes(out: Files, size: Size) -> Iterator[Lesson]:
 
 
 def write_questions(out: Files, size: Size) -> None:
-    """Write questions for boost to choose by, and others to judge by."""
+    """Write questions for boost to choose by, others to judge by, and for each fine-tune some as it has learnt from."""
     rows: dict[str, list[dict[str, str]]] = {"choosing": [], "held-out": []}
     for name in SKILLS:
         asked = skills.questions(name, size.choosing + size.held_out, random.Random(name), held_out=True)
         rows["choosing"] += map(skills.as_row, asked[: size.choosing])
         rows["held-out"] += map(skills.as_row, asked[size.choosing :])
+        read = skills.questions(name, size.read, random.Random(name))
+        rows[name] = [{"prompt": question, "reference": skills.solve(question)} for question in read]
     for name, lines in rows.items():
         skills.write_rows(out.prompts(name), lines)
+
+
+def statistics(out: Files) -> Iterator[Job]:
+    """Yield the jobs in which fine-tunes read questions and answers of their skill."""
+    for seed in out.seeds:
+        for skill in SKILLS:
+            for kind, option in (("gram", ()), ("fisher", ("--fisher",))):
+                if not (made := out.statistics(seed, skill, kind)).exists():
+                    made.parent.mkdir(exist_ok=True)
+                    how = ("--prompts", out.prompts(skill), *option, "-o", made)
+                    words = mergekit_lite("statistics", out.tuned(seed, skill), *how)
+                    yield Job(f"seed {seed}: {kind} statistics of {skill}", words)
+
+
+def of_fine_tunes(out: Files, seed: int, method: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe that merges a seed's fine-tunes, with their statistics where the method needs some."""
+    recipe = document(method, out.base(seed), [out.tuned(seed, skill) for skill in SKILLS], numbers)
+    if kind := method_named(method).statistics:
+        for model, skill in zip(recipe["models"], SKILLS, strict=True):
+            model["statistics"] = str(out.statistics(seed, skill, kind))
+    return recipe
 
 
 def document(method: str, base: Path, tuned: Sequence[Path | str], numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +130,7 @@ def whole_models(out: Files) -> Iterator[Job]:
     """Yield a job for each seed that makes all models of it: a file of several recipes, which are planned together."""
     for seed in out.seeds:
         base = out.base(seed)
-        recipes = {method: document(method, base, [out.tuned(seed, s) for s in SKILLS], {}) for method in merges()}
+        recipes = {method: of_fine_tunes(out, seed, method, {}) for method in merges()}
         for key, adapter in adapters(out, seed):
             recipes[key] = document("passthrough", base, [f"{base}+{adapter}"], {})
         lacking = [{"name": name, **recipe} for name, recipe in recipes.items() if not out.merged(seed, name).exists()]
@@ -134,7 +159,7 @@ def boosts(out: Files, size: Size) -> Iterator[Job]:
     """Yield the searches for numbers; what was measured before is not measured again."""
     for seed in out.seeds:
         for method, (numbers, tuned) in BOOSTED.items():
-            recipe = document(method, out.base(seed), [out.tuned(seed, skill) for skill in SKILLS], numbers)
+            recipe = of_fine_tunes(out, seed, method, numbers)
             path = write_recipe(out.recipe(seed, f"boost-{method}"), [recipe])
             how = [word for each in tuned for word in ("--tune", each)]
             how += ["--prompts", out.prompts("choosing"), "--score", f"exact,pattern={PATTERN}"]

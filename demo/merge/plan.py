@@ -14,10 +14,6 @@ LEFT_OUT = {  # and why, of methods that merge three models
     "ema": "averages checkpoints in their order",
     "schedule_average": "averages checkpoints in their order",
     "relex": "needs the steps of a run",
-    # To measure these, make each fine-tune's statistics beside it, and name them in ``__main__.document``.
-    "regmean": "needs statistics of activations",
-    "regmean_plus": "needs statistics of activations",
-    "fisher": "needs statistics of gradients",
 }
 DENSITY = 0.5
 BOOSTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # numbers to begin with, and what boost looks for
@@ -42,12 +38,13 @@ class Size:
     tuned: int  # steps of a fine-tune or an adapter, of one skill
     choosing: int  # questions for boost
     held_out: int  # questions to judge by
+    read: int  # questions that each fine-tune reads, with their answers, for methods that need statistics
     trials: int  # of boost
     seeds: int
 
 
-FULL = Size(base=450, tuned=200, choosing=100, held_out=150, trials=10, seeds=3)
-QUICK = Size(base=20, tuned=6, choosing=4, held_out=4, trials=2, seeds=1)
+FULL = Size(base=450, tuned=200, choosing=100, held_out=150, read=200, trials=10, seeds=3)
+QUICK = Size(base=20, tuned=6, choosing=4, held_out=4, read=4, trials=2, seeds=1)
 
 
 def merges() -> list[str]:
@@ -85,6 +82,10 @@ class Files(Out):
     def adapter(self, seed: int, skill: str) -> Path:
         """Return an adapter tuned on one skill."""
         return self.root / "adapters" / f"{seed}-{skill}"
+
+    def statistics(self, seed: int, skill: str, kind: str) -> Path:
+        """Return what was gathered of a fine-tune on questions of its own skill: ``gram`` or ``fisher``."""
+        return self.root / "statistics" / f"{seed}-{skill}-{kind}.safetensors"
 
     def combined(self, seed: int, space: str, method: str) -> Path:
         """Return the adapter made of the three."""

@@ -95,7 +95,7 @@ def not_predicted(plan: Plan) -> str | None:
     """
     if not most_held(plan):
         return None
-    return "time is not predicted: singular vectors of whole matrices take longer than in proportion to their size"
+    return "time is not predicted: decomposing whole matrices takes longer than in proportion to their size"
 
 
 def _cluster(

@@ -30,7 +30,7 @@ def path(figure: FigureBase, comparison: Comparison) -> None:
     lengths.set(title="How far the run went", ylabel="norm of the weights' change", ylim=(0, None))
     _line(directions, of.steps, of.turn, "an update and the one before")
     _line(directions, of.steps, of.toward, "a checkpoint and the last one, from the base", 1)
-    directions.set(title="Which way", ylabel="cosine", ylim=(min(-0.05, *_known(of.turn), *_known(of.toward)), 1.05))
+    directions.set(title="Which way", ylabel="cosine", ylim=(min([-0.05, *_known(of.turn), *_known(of.toward)]), 1.05))
     directions.axhline(0, color="#8a8f98", linewidth=0.8)
     _line(line, of.steps, _percent(of.explained), "explained by one line")
     _line(line, of.steps, _percent(of.bound), "needed to follow it", 7, "--")

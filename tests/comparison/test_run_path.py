@@ -150,6 +150,11 @@ def test_the_screen_json_picture_and_page_tell_the_path(place: Path, tmp_path: P
     assert "RMS A" not in html
 
 
+def test_a_run_that_did_not_move_has_a_page_too(place: Path) -> None:
+    html = page(compare(place / "base", [place / "base", place / "base"], run=True, steps=(1, 2)))
+    assert "The path of the run" in html and "the very weights of the base" in html
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -172,6 +177,7 @@ def test_what_is_no_run_is_refused(
 
 def test_many_checkpoints_have_the_figures_of_the_weights(tmp_path: Path) -> None:
     """Of more than sixteen models pieces are shorter, and of more than eight products are of matrices."""
+    torch.manual_seed(20)
     base = {"model.layers.0.mlp.up_proj.weight": torch.randn(700, 300)}
     write_folder(tmp_path / "base", base)
     states = [base]

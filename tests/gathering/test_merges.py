@@ -253,5 +253,6 @@ def test_what_commands_tell(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, ["plan", str(tmp_path / "r.yml"), "--json"])
     assert shown.exit_code == 0, shown.output
     shown = CliRunner().invoke(main, ["plan", str(tmp_path / "r.yml")])
+    assert "time is not predicted: decomposing whole matrices" in shown.stdout
     assert re.search(r"15 .*regmean weight 1, non_diagonal 1, ridge 0.0001 ", shown.stdout)
     assert re.search(r"6 .*regmean weight 1, non_diagonal 1, ridge 0.0001, no statistics: averaged", shown.stdout)
