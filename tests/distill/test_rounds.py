@@ -376,7 +376,11 @@ def test_shares_of_older_rounds(tmp_path: Path) -> None:
     assert counts == [{}, {1: 12}, {2: 18, 1: 6}, {3: 6, 2: 9}]
     assert all(row["prompt"].startswith(f"{row['round']}.") for rows in found for row in rows)
     assert found == [list(replayed(round_of(recipe, number), "preference")) for number in (1, 2, 3, 4)]
-    Folder(tmp_path / "round-2").pairs("preference").unlink()
+    torn = Folder(tmp_path / "round-2").pairs("preference")
+    torn.write_text(torn.read_text()[:-20])
+    with pytest.raises(UsageError, match=r"rows of round 2, and some can't be read:\n.*preference\.jsonl:61: not JSON"):
+        list(replayed(round_of(recipe, 4), "preference"))
+    torn.unlink()
     with pytest.raises(UsageError, match="replays rows of round 2"):
         list(replayed(round_of(recipe, 4), "preference"))
 
