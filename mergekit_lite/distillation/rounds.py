@@ -161,21 +161,34 @@ def add_momentum(recipe: RoundRecipe, reporter: Reporter) -> None:
     Weights are rounded up or down by chance, as a step of training is often smaller than the spacing of 16 bits.
 
     Raises:
-        UsageError: the step that is there was taken with another momentum, or between other models.
+        UsageError: the step that is there, or one of a round before, was taken with another momentum, or between other
+            models.
         CheckpointError, PlanError, RunError, NonFiniteError: as ``extrapolate`` does.
     """
-    trained, folder, momentum = trained_in(recipe), Folder(recipe.folder).momentum, recipe.settings.momentum
-    before = recipe.whole.target if recipe.number == 1 else str(trained_in(round_of(recipe.whole, recipe.number - 1)))
+    for number in range(1, recipe.number + 1):
+        _hold_step(round_of(recipe.whole, number))
+    folder, momentum, before = Folder(recipe.folder).momentum, recipe.settings.momentum, _before(recipe)
+    if not folder.exists():
+        trained = str(trained_in(recipe))
+        extrapolate(before, trained, str(folder), momentum, rounding="stochastic", seed=recipe.seed, resume=True)
+    reporter.line(f"momentum: {momentum:g} × the step from {before} is added, {folder}")
+
+
+def _before(recipe: RoundRecipe) -> str:
+    """Return the model that a round's step comes from: what the round before has trained, or the first model."""
+    return recipe.whole.target if recipe.number == 1 else str(trained_in(round_of(recipe.whole, recipe.number - 1)))
+
+
+def _hold_step(recipe: RoundRecipe) -> None:
+    """Save how a round's step is taken. Raises UsageError where it was taken otherwise."""
+    folder = Folder(recipe.folder).momentum
     settings = {
-        "momentum": momentum,
+        "momentum": recipe.settings.momentum,
         "seed": recipe.seed,
-        "weights before": identity(before),
-        "weights trained": identity(str(trained)),
+        "weights before": identity(_before(recipe)),
+        "weights trained": identity(str(trained_in(recipe))),
     }
     there = [path for path in (folder, folder.with_name(f".{folder.name}.partial")) if path.exists()]
     refusal = f"The step in {folder} was taken in another way" if there else None
     advice = f"Set the recipe back; or delete {' and '.join(map(str, there))}, and the rounds after, to take it anew."
     hold_settings(folder.with_name(f"{folder.name}.json"), settings, "step", refusal, advice)
-    if not folder.exists():
-        extrapolate(before, str(trained), str(folder), momentum, rounding="stochastic", seed=recipe.seed, resume=True)
-    reporter.line(f"momentum: {momentum:g} × the step from {before} is added, {folder}")

@@ -155,7 +155,9 @@ def unfit_preferences(recipe: Recipe) -> list[str]:
         text = "needs the target's own answers, and no pairs are made of them"
         problems.append(f"train.preference: {found[0].name} {text}: say `answers: target` in pairs, or `all`")
     other = training.reference
-    if other is not None and not has_vocabulary_of(tokenizer_of(recipe.target), tokenizer_of(other)):
+    if other is not None and Path(other).is_absolute() and not Path(other).is_dir():
+        problems.append(f"train.preference.reference: {other} is no folder")
+    elif other is not None and not has_vocabulary_of(tokenizer_of(recipe.target), tokenizer_of(other)):
         problems.append(f"train.preference.reference: {other} has other tokens than {recipe.target}")
     return problems
 

@@ -15,7 +15,7 @@ from mergekit_lite.distillation.objectives.preference import gap_of
 from mergekit_lite.distillation.training.mixing import Mixture, mixed_log_probs
 from mergekit_lite.distillation.training.model import tokenizer_of
 from mergekit_lite.distillation.training.rows import preference_rows
-from mergekit_lite.errors import CheckpointError, UsageError
+from mergekit_lite.errors import UsageError
 from tests.causal import causal_model
 from tests.distill.training import figures, log, same, target, trained, weights, write_rows
 
@@ -158,8 +158,9 @@ def test_what_can_not_be_used_is_told_before_anything_is_trained(folder, tmp_pat
         trained(folder, preference={"objective": "simpo", "reference": str(folder / "target")})
     with pytest.raises(UsageError, match="selm needs the target's own answers, and no pairs are made of them"):
         trained(folder, preference={"objective": "selm"}, pairs={"rule": "best_worst", "score": "any"})
-    with pytest.raises(CheckpointError, match=r"Can't load the model .*nowhere"):
-        trained(folder, sft={}, preference={"objective": "dpo", "reference": str(folder / "nowhere")})
+    with pytest.raises(UsageError, match=r"2 problems(.|\n)*no option 'betta'(.|\n)*reference: .*nowhere is no folder"):
+        wrong = {"options": {"betta": 1}, "reference": str(folder / "nowhere")}
+        trained(folder, sft={}, preference={"objective": "dpo"} | wrong)
     from tests.tokenizers import tokenizer
 
     other = target(tmp_path / "other")

@@ -219,6 +219,19 @@ def test_log_of_a_resumed_run(tmp_path: Path) -> None:
     assert [row["loss"] for row in curves.read_log(tmp_path / "log.jsonl")] == [1, 2]
 
 
+def test_parts_of_cut_are_drawn() -> None:
+    """SFT with judgments logs two parts of its loss; without them there are no panels for them."""
+    from matplotlib.figure import Figure
+
+    plain = {"loss": 2.0, "length/response": 3}
+    for more in ({}, {"clm": 1.0, "unlikelihood": 3.0, "criticised": 0.5}):
+        picture = curves.training("round-1-sft", [{"step": step, **plain, **more} for step in (1, 2)])
+        assert picture is not None
+        picture.draw(figure := Figure())
+        titles = [axes.get_title() for axes in figure.axes]
+        assert sum("CUT" in title for title in titles) == (3 if more else 0), titles
+
+
 def test_what_was_held_out_of_a_training_is_shown(tmp_path: Path) -> None:
     """Figures of one step in two rows are one point; the panel has both curves; the page says what was chosen."""
     from matplotlib.figure import Figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -26,7 +27,16 @@ from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.loading import load, parse
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Reporter
-from mergekit_lite.distillation.rounds import current, is_done, made_by, prompts_of, round_of, take_over, trained_in
+from mergekit_lite.distillation.rounds import (
+    add_momentum,
+    current,
+    is_done,
+    made_by,
+    prompts_of,
+    round_of,
+    take_over,
+    trained_in,
+)
 from mergekit_lite.distillation.sample import tasks_of
 from mergekit_lite.distillation.train import train
 from mergekit_lite.distillation.training.model import tokenizer_of
@@ -179,6 +189,13 @@ def test_another_momentum_is_refused_and_so_is_another_model(done: Path, tmp_pat
     changed = recipe.model_copy(update={"rounds": recipe.rounds.model_copy(update={"momentum": 0.25})})
     with pytest.raises(UsageError, match=r"momentum: was 0\.5, is 0\.25"):
         train(round_of(changed, 1), Reporter())
+    # The last step alone can't be taken anew: the model before it was made with the other momentum.
+    copy = tmp_path / "made"
+    shutil.copytree(recipe.folder, copy)
+    shutil.rmtree(copy / "round-2" / "momentum")
+    with pytest.raises(UsageError, match=r"The step in .*round-1/momentum was taken in another way"):
+        add_momentum(round_of(changed.model_copy(update={"folder": copy}), 2), Reporter())
+    assert not (copy / "round-2" / "momentum").exists()
 
 
 @pytest.mark.parametrize(
@@ -376,7 +393,11 @@ def test_shares_of_older_rounds(tmp_path: Path) -> None:
     assert counts == [{}, {1: 12}, {2: 18, 1: 6}, {3: 6, 2: 9}]
     assert all(row["prompt"].startswith(f"{row['round']}.") for rows in found for row in rows)
     assert found == [list(replayed(round_of(recipe, number), "preference")) for number in (1, 2, 3, 4)]
-    Folder(tmp_path / "round-2").pairs("preference").unlink()
+    torn = Folder(tmp_path / "round-2").pairs("preference")
+    torn.write_text(torn.read_text()[:-20])
+    with pytest.raises(UsageError, match=r"rows of round 2, and some can't be read:\n.*preference\.jsonl:61: not JSON"):
+        list(replayed(round_of(recipe, 4), "preference"))
+    torn.unlink()
     with pytest.raises(UsageError, match="replays rows of round 2"):
         list(replayed(round_of(recipe, 4), "preference"))
 

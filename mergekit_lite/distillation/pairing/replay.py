@@ -10,7 +10,7 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
 from mergekit_lite.distillation.recipe.schema import RoundRecipe
 from mergekit_lite.distillation.rounds import round_of
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import UsageError, listing
 
 
 def replayed(recipe: RoundRecipe, name: Literal["sft", "preference"]) -> Iterator[dict[str, Any]]:
@@ -19,14 +19,18 @@ def replayed(recipe: RoundRecipe, name: Literal["sft", "preference"]) -> Iterato
     A share is of the round's own rows, without those that it replayed itself. They are drawn by seed, round and prompt.
 
     Raises:
-        UsageError: a round has no rows any more.
+        UsageError: a round has no rows any more, or some can't be read.
     """
     for age, share in enumerate(recipe.settings.replay[: recipe.number - 1], 1):
         number = recipe.number - age
         path = Folder(round_of(recipe.whole, number).folder).pairs(name)
         if not path.exists():
             raise UsageError(f"Round {recipe.number} replays rows of round {number}, and {path} isn't there any more.")
-        rows = [line.row for line in read_rows(path, [], {"prompt": str}) if "round" not in line.row]
+        problems: list[str] = []
+        rows = [line.row for line in read_rows(path, problems, {"prompt": str}) if "round" not in line.row]
+        if problems:
+            what = f"Round {recipe.number} replays rows of round {number}, and some can't be read"
+            raise UsageError(listing(what, problems))
         order = [seed_of(recipe.seed, "replay", recipe.number, number, row["prompt"]) for row in rows]
         kept = sorted(range(len(rows)), key=lambda place: (order[place], place))[: floor_share(share, len(rows))]
         yield from ({**rows[place], "round": number} for place in sorted(kept))

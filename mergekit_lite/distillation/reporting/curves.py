@@ -54,6 +54,9 @@ PANELS = {
         Panel("Learning rate", "a step", {"learning_rate": ""}),
         Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
         Panel("Length of the responses", "tokens", {"length/response": ""}),
+        Panel("CUT: plain SFT's loss", "nats a token", {"clm": ""}),
+        Panel("CUT: loss of answers with a judgment", "nats a token", {"unlikelihood": ""}),
+        Panel("CUT: tokens that are made unlikely", "share", {"criticised": ""}),
     ),
     "fuse": (
         Panel("Loss", "clm · CLM + (1 − clm) · D", {"loss": "training", "eval_loss": "held out"}),
