@@ -48,14 +48,20 @@ def text_of(examples: str, messages: Sequence[Message]) -> str:
 
 
 def answer_in(text: str) -> str:
-    """Return an answer without the fence that closes it, and what a model wrote behind that."""
+    """Return an answer without the fence that closes it, and what a model wrote behind that.
+
+    A fence without a language opens code in the answer where a line follows at once, and two more fences: the one that
+    closes the code, and the answer's own.
+    """
     lines = text.split("\n")
+    fences = [number for number, line in enumerate(lines) if line.lstrip().startswith(FENCE)]
     inside = False
-    for number, line in enumerate(lines):
-        if line.strip() == FENCE and not inside:
+    for place, number in enumerate(fences):
+        follows = number + 1 < len(lines) and bool(lines[number + 1].strip())
+        opens = follows and len(fences) - place > 2
+        if lines[number].strip() == FENCE and not inside and not opens:
             return "\n".join(lines[:number]).strip()
-        if line.lstrip().startswith(FENCE):
-            inside = not inside
+        inside = not inside
     text = text.strip()
     return text.removesuffix(FENCE).rstrip() if inside or text.count(FENCE) % 2 else text
 

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from mergekit_lite.errors import CheckpointError, listing, shortened
+from mergekit_lite.errors import CheckpointError, UsageError, listing, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,19 @@ class Placed(NamedTuple):
 
 
 def placed(device: str | None, dtype: Dtype | None) -> Placed:
-    """Fill in the defaults: the first GPU with the model's own dtype, else the CPU with float32."""
+    """Fill in the defaults: the first GPU with the model's own dtype, else the CPU with float32.
+
+    Raises:
+        UsageError: there is no such device.
+    """
     import torch
 
+    if device not in (None, "auto"):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+            why = shortened(str(error).strip().partition("\n")[0])
+            raise UsageError(f"The device {device!r} is not there: {why}. Known: cpu, cuda, cuda:1 …, auto.") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is not None:
         return Placed(device, getattr(torch, dtype))

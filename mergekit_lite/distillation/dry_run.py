@@ -191,14 +191,8 @@ def _once(recipe: Recipe, prompts: Sequence[Prompt], again: Counter[str]) -> Dry
             training.append(_steps(stage, settings, rows[stage]))
     teachers = tuple(_teacher(recipe, teacher, sft) for teacher in recipe.teachers) if recipe.train.fuse else ()
     scorers = tuple(scorer.name for scorer in recipe.scorers)
-    missing = (*missing_models(recipe, and_target=True), *_missing_embedders(recipe))
+    missing = tuple(missing_models(recipe, and_target=True))
     return DryRun(domains, tuple(sources), scorers, teachers, tuple(training), missing, tuple(left_out))
-
-
-def _missing_embedders(recipe: Recipe) -> Iterator[str]:
-    for model in (prompts.nearest.model for prompts in recipe.prompts if prompts.nearest is not None):
-        if model is not None and Path(model).is_absolute() and not Path(model).is_dir():
-            yield f"the model that embeds prompts: {model} is no folder"
 
 
 def _given(origins: Iterable[Data], problems: list[str]) -> Counter[str]:

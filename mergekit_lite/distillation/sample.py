@@ -123,7 +123,16 @@ def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
         if Path(recipe.target).is_absolute() and not Path(recipe.target).is_dir():
             target = [f"the target: {recipe.target} is no folder"]
         needed += [(f"the source {TARGET}", recipe.target_source)] if recipe.target_source is not None else []
-    return [*target, *(f"{whose}: {why}" for whose, model in needed if (why := absent(model)))]
+    embedders = [prompts.nearest.model for prompts in recipe.prompts if prompts.nearest is not None]
+    return [
+        *target,
+        *(
+            f"the model that embeds prompts: {model} is no folder"
+            for model in dict.fromkeys(embedders)
+            if model is not None and Path(model).is_absolute() and not Path(model).is_dir()
+        ),
+        *(f"{whose}: {why}" for whose, model in needed if (why := absent(model))),
+    ]
 
 
 def plan(recipe: Recipe, prompts: Sequence[Prompt]) -> list[SourceTasks]:

@@ -49,6 +49,10 @@ def test_a_system_message_stands_before_the_first_turn() -> None:
         ("So:\n```python\nx = 1\n```\nDone.\n```\n\nmore", "So:\n```python\nx = 1\n```\nDone."),
         ("So:\n```python\nx = 1\n```", "So:\n```python\nx = 1\n```"),
         ("```", ""),
+        ("So:\n```\nx = 1\n```\nDone.\n```\n\n", "So:\n```\nx = 1\n```\nDone."),
+        ("```\nx = 1\n```\n```\n", "```\nx = 1\n```"),
+        ("```\nx\n```\nor\n```\ny\n```\n```", "```\nx\n```\nor\n```\ny\n```"),
+        ("Hello!\n```\n\n# Instruction:\n```\nx\n```", "Hello!"),
     ],
 )
 def test_the_fence_that_closes_ends_an_answer(written: str, answer: str) -> None:

@@ -16,7 +16,7 @@ from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Answer, Key, Prompt
 from mergekit_lite.answers.shrinking import PIECE, can_shrink
-from mergekit_lite.errors import CheckpointError
+from mergekit_lite.errors import CheckpointError, UsageError
 from tests.causal import causal_model
 from tests.tokenizers import tokenizer
 
@@ -63,6 +63,13 @@ def answers(local: Local, tasks: list[Task], wanted: frozenset[Key] | None = Non
 
 def local(model: Path, sampling: Sampling = DRAWN, **how: object) -> Local:
     return Local("s", str(model), sampling, **({"batch_size": 4, "device": "cpu"} | how))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there(model: Path, device: str) -> None:
+    tasks = tasks_of()
+    with pytest.raises(UsageError, match=f"The device '{device}' is not there: .* Known: cpu, cuda"):
+        answers(local(model, device=device), tasks)
 
 
 def test_batches_in_any_order_give_the_same_answers(model: Path) -> None:

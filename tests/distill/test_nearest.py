@@ -296,3 +296,6 @@ def test_a_dry_run_embeds_nothing(tmp_path: Path, models: dict[str, Path]) -> No
     path = write_recipe(tmp_path, prompts=[pool], target=str(models["gpt2"]))
     ran = CliRunner().invoke(command, ["run", str(path), "--dry-run"])
     assert "the model that embeds prompts: " in ran.output and "nowhere is no folder" in ran.output
+    for stage in ("sample", "run"):
+        ran = CliRunner().invoke(command, [stage, str(path)])
+        assert "the model that embeds prompts: " in str(ran.exception) and "is no folder" in str(ran.exception)

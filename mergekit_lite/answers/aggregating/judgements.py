@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
-NUMBERED = r"\[?\s*\d+\s*\]?"
-RANKING = re.compile(rf"\branking\W*?({NUMBERED}(?:\s*>\s*{NUMBERED})*)", re.IGNORECASE)
-VERDICT = re.compile(r"\bverdict\W*(correct|incorrect)\b", re.IGNORECASE)
+NUMBERED = r"(?:\[\s*\d+\s*\]|\d+)"
+SEVERAL = rf"{NUMBERED}(?:\s*>\s*{NUMBERED})+"
+ONE = rf":\W*?{NUMBERED}(?=[ \t.*_]*$)"  # alone on its line: neither "ranking 3 responses" nor "Ranking:\n1. [2]"
+RANKING = re.compile(rf"\branking\W*?({SEVERAL}|{ONE})", re.IGNORECASE | re.MULTILINE)
+VERDICT = re.compile(r"\bverdict[^\w.]*(correct|incorrect)\b", re.IGNORECASE)  # in one sentence
 
 
 def ranking_in(reply: str, drafts: int, least: int) -> list[int] | None:
@@ -25,12 +27,18 @@ def ranking_in(reply: str, drafts: int, least: int) -> list[int] | None:
 def critiques_in(reply: str, drafts: int) -> list[str] | None:
     """Return the critique of each draft: what follows the line ``[1]``, up to ``[2]``, and so on.
 
-    A number at the start of a line is a heading only where it is the next one: critiques name other drafts, too.
+    A number at the start of a line is a heading only where it is the next one: critiques name other drafts, too. So
+    numbers alone on their lines come first.
     """
+    return _critiques(reply, drafts, r"[*_:]*\s*$") or _critiques(reply, drafts, "[*_:]*")
+
+
+def _critiques(reply: str, drafts: int, end: str) -> list[str] | None:
+    """Return the critiques under headings whose numbers have such an end behind them."""
     critiques: list[str] = []
     rest = reply
     for number in range(1, drafts + 1):
-        heading = re.search(rf"^\W*\[{number}\][*_:]*", rest, re.MULTILINE)
+        heading = re.search(rf"^\W*\[{number}\]{end}", rest, re.MULTILINE)
         if heading is None:
             return None
         if number > 1:

@@ -8,6 +8,8 @@ from mergekit_lite.answers.problems import KeyPath, Problem, not_named, one_orig
 from mergekit_lite.distillation.recipe.choosing import Combined, Nearest
 from mergekit_lite.distillation.recipe.schema import Pairing, PairingRules, Recipe
 
+COMPARING = ("correct", "options", "gap", "gap_quantiles", "gap_own", "chosen_score")  # keys that as_is doesn't read
+
 
 def wrong_nearest(at: KeyPath, nearest: Nearest | None) -> Iterator[Problem]:
     """Yield what is wrong with ``nearest`` of a source of prompts."""
@@ -51,10 +53,15 @@ def _combined(score: Combined, at: KeyPath) -> Iterator[Problem]:
 
 
 def selections(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
-    """Yield what is wrong with ``rip`` and ``sft_rows`` of a pairing, and what they say without an effect anywhere."""
+    """Yield what is wrong with how a pairing selects answers and rows, and what it says without an effect anywhere."""
     base = at == ("pairs",)
     own: PairingRules = recipe.pairs if base else recipe.pairs.domains[str(at[-1])]
     heirs = [recipe.pairs.of(domain) for domain in ("", *recipe.pairs.domains)] if base else [pairing]
+    for key in COMPARING:
+        if key in own.model_fields_set and all(heir.rule == "as_is" for heir in heirs):
+            yield Problem((*at, key), f"{key!r} has no effect here: as_is takes each prompt's first answer")
+    if own.rip.model_fields_set and not own.rip.thresholds:
+        yield Problem((*at, "rip"), "it selects nothing: give `rejected_score`, `rejected_length` or `gap`")
     if "rip" in own.model_fields_set and own.rip.thresholds and all(idle := [_idle_rip(heir) for heir in heirs]):
         yield Problem((*at, "rip"), f"'rip' has no effect here: {idle[0]}")
     if "sft_rows" in own.model_fields_set:

@@ -30,6 +30,24 @@ def test_rankings(said: str, places: list[int] | None) -> None:
     assert ranking_in(said, drafts=3, least=2) == places
 
 
+@pytest.mark.parametrize(
+    ("said", "best"),
+    [
+        ("Ranking: [2]", 1),
+        ("They differ.\n**Ranking:** **2**.\n", 1),
+        ("Ranking:\n[2]\n[1]\n[3]", 1),
+        ("Ranking: [2] > [1] as said", 1),
+        ("Ranking:\n1. [2]\n2. [1]\n3. [3]", None),  # the first number is no draft's
+        ("Ranking: [2], [1]", None),
+        ("Ranking 3 responses is hard.", None),
+        ("Here is my ranking. 3 is the longest", None),
+        ("ranking 3", None),
+    ],
+)
+def test_the_one_that_is_kept(said: str, best: int | None) -> None:
+    assert (ranking_in(said, drafts=3, least=1) or [None])[0] == best
+
+
 def test_any_ranking_is_read_back() -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -49,6 +67,7 @@ def test_any_ranking_is_read_back() -> None:
             ["Strengths:\n- short", "Weaknesses:\n- long"],
         ),
         ("[1] Better than\n[1] would be.\n[2] Like [1].", ["Better than\n[1] would be.", "Like [1]."]),
+        ("[1]\nWorse than\n[2] would be.\n[2]\nGood.", ["Worse than\n[2] would be.", "Good."]),
         ("[1]\nGood.", None),
         ("[2]\nBad.\n[1]\nGood.", None),
         ("[1]\n\n[2]\nBad.", None),
@@ -68,6 +87,8 @@ def test_critiques(said: str, critiques: list[str] | None) -> None:
         ("First I thought Verdict: correct.\nVerdict: incorrect", False),
         ("It is correct.", None),
         ("Verdict: correctable", None),
+        ("## Verdict\n\nCorrect.", True),
+        ("I come to my verdict. Correct steps alone are not enough.", None),
         ("", None),
     ],
 )
