@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shlex
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from mergekit_lite.answers.tiny_benchmarks import convert
 from mergekit_lite.checkpoint.references import plain_reference
 from mergekit_lite.commands import main
 from tests.adapters import lora, write_adapter
+from tests.answers.test_tiny_benchmarks import made_up
 from tests.boost.end_to_end import write_models
 from tests.models import read_folder, state, tuned, write_folder
 
@@ -78,6 +81,10 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     answers = [{"instruction": question, "completions": completions} for question in questions]
     (tmp_path / "answers.json").write_text(json.dumps(answers))
     (tmp_path / "lengths.py").write_text(LENGTHS)
+    bench, results = made_up()
+    (tmp_path / "tiny.pkl").write_bytes(pickle.dumps({"mine": bench}))
+    convert(tmp_path / "tiny.pkl", tmp_path / "tiny.npz")
+    (tmp_path / "results.txt").write_text("".join(f"{result:g}\n" for result in results))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
