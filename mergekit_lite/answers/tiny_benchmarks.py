@@ -14,16 +14,15 @@ i right, with the item's a_i and b_i from hundreds of other models:
 c_i = N / (S n) balances a scenario of N items with S parts, for the items of a part of n. The authors' released
 function sets it for the last part of each scenario alone, and leaves 1 elsewhere: ``as_released`` does so.
 
-Their parameters are a pickle, which could run code when it is read. ``convert`` reads it with a loader that knows
-arrays and plain containers only, and writes an .npz, which is all that ``Benchmark.read`` opens.
+Their parameters are a pickle, which could run code when it is read. ``convert`` reads it as plain data, of which
+numbers, arrays and containers are known, and writes an .npz, which is all that ``Benchmark.read`` opens.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Mapping, Sequence
-from io import BytesIO
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -32,13 +31,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit_lite.answers.intervals import Floats
+from mergekit_lite.checkpoint.formats.plain_pickle import Function, Rebuilt, load
 from mergekit_lite.errors import UnreadableError, UsageError, nearest
 from mergekit_lite.input_files import read_bytes
 
 CLIP, ASKED = 30.0, 100  # ASKED: in λ₀, whatever the number that was asked
 FLAT = 1e-8  # of the likelihood's slope
 STEPS = 200
-ARRAYS = {("_reconstruct", "multiarray"), ("scalar", "multiarray"), ("ndarray", "numpy"), ("dtype", "numpy")}
 
 Indices = NDArray[np.int64]
 
@@ -171,21 +170,22 @@ def convert(pickled: Path, path: Path) -> list[str]:
     """Write the parameters of the authors' ``tinyBenchmarks.pkl`` as an .npz; returns the benchmarks' names.
 
     Raises:
-        UnreadableError: the pickle can't be read, asks for more than arrays, or holds something else.
+        CheckpointError: the pickle can't be read, names more than arrays, or holds something else.
         FileExistsError: there is such a file.
     """
     content = read_bytes(pickled)
     about: dict[str, list[tuple[str, int, float]]] = {}
     arrays: dict[str, Any] = {}
+    found = load(pickled, content, ARRAYS)
     try:
-        for name, bench in _Arrays(BytesIO(content)).load().items():
+        for name, bench in found.items():
             benchmark = _benchmark(bench)
             arrays |= {f"{name}/a": benchmark.a, f"{name}/b": benchmark.b, f"{name}/asked": benchmark.asked}
             about[name] = [(key, len(each.parts), each.share) for key, each in benchmark.scenarios.items()]
             for number, each in enumerate(benchmark.scenarios.values()):
                 arrays[f"{name}/{number}/weights"] = each.weights
                 arrays |= {f"{name}/{number}/part{place}": part for place, part in enumerate(each.parts)}
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, ImportError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(pickled, f"doesn't hold tinyBenchmarks' parameters ({error})") from error
     with path.open("xb") as file:
         np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
@@ -216,14 +216,46 @@ def _benchmark(bench: Mapping[str, Any]) -> Benchmark:
     return Benchmark(a, b, asked, scenarios)
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads plain containers and numpy's arrays, and nothing that could run code."""
+class _Dtype(Rebuilt):
+    """What a pickle says of an element type: its code, and in its state the order of bytes."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        package, _, last = module.rpartition(".")
-        if module.partition(".")[0] == "numpy" and (name, last if package else module) in ARRAYS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither an array nor a plain container")
+    def __init__(self, *arguments: object) -> None:
+        self.code = arguments[0] if arguments else None
+
+    @property
+    def real(self) -> np.dtype[Any]:
+        """The type. Raises ValueError where it isn't of numbers."""
+        if not isinstance(self.code, str) or not re.fullmatch(r"[fiub][1248]", self.code):
+            raise ValueError(f"elements of the type {self.code!r}")
+        order = self.state[1] if isinstance(self.state, tuple) and len(self.state) > 1 else "|"
+        return np.dtype(f"{'>' if order == '>' else '<'}{self.code}")
+
+
+class _Array(Rebuilt):
+    """What a pickle says of an array: (version, shape, type, whether columns come first, elements)."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return the array; ``numpy.asarray`` calls this."""
+        if not isinstance(self.state, tuple) or len(self.state) != 5 or not isinstance(self.state[2], _Dtype):
+            raise ValueError("an array without shape, type or elements")
+        _, shape, kind, columns_first, elements = self.state
+        array: NDArray[Any] = np.frombuffer(elements, kind.real).reshape(shape, order="F" if columns_first else "C")
+        return array if dtype is None else array.astype(dtype)
+
+
+def _scalar(kind: object, element: object) -> float:
+    if not isinstance(kind, _Dtype) or not isinstance(element, bytes):
+        raise ValueError("a number without type or bytes")
+    return float(np.frombuffer(element, kind.real)[0])
+
+
+# Numpy's names, and what stands for them: nothing of numpy is called by the pickle.
+ARRAYS: dict[tuple[str, str], Callable[..., object] | None] = {
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): None,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): Function(lambda *given: _Array()) for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): Function(_scalar) for core in ("core", "_core")},
+}
 
 
 def _sigmoid(score: Floats) -> Floats:
