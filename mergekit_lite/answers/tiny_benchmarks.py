@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 
 from mergekit_lite.answers.intervals import Floats
 from mergekit_lite.checkpoint.formats.plain_pickle import Function, Rebuilt, load
-from mergekit_lite.errors import UnreadableError, UsageError, nearest
+from mergekit_lite.errors import RunError, UnreadableError, UsageError, nearest
 from mergekit_lite.input_files import read_bytes
 
 CLIP, ASKED = 30.0, 100  # ASKED: in λ₀, whatever the number that was asked
@@ -145,8 +146,9 @@ class Benchmark(NamedTuple):
             UnreadableError: it is no such file.
             UsageError: it has no such benchmark.
         """
+        content = BytesIO(read_bytes(path))
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(content, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
                 if name not in about:
                     raise UsageError(
@@ -162,8 +164,9 @@ class Benchmark(NamedTuple):
                 }
                 return cls(file[f"{name}/a"], file[f"{name}/b"], file[f"{name}/asked"], scenarios)
         except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:
-            why = f"is no file that tinyBenchmarks' parameters were converted to ({error})"
-            raise UnreadableError(path, why) from error
+            raise UnreadableError(
+                path, "is no file that `mergekit-lite estimate convert` wrote, or is damaged"
+            ) from error
 
 
 def convert(pickled: Path, path: Path) -> list[str]:
@@ -171,7 +174,8 @@ def convert(pickled: Path, path: Path) -> list[str]:
 
     Raises:
         CheckpointError: the pickle can't be read, names more than arrays, or holds something else.
-        FileExistsError: there is such a file.
+        UsageError: there is such a file.
+        RunError: it can't be written.
     """
     content = read_bytes(pickled)
     about: dict[str, list[tuple[str, int, float]]] = {}
@@ -187,8 +191,15 @@ def convert(pickled: Path, path: Path) -> list[str]:
                 arrays |= {f"{name}/{number}/part{place}": part for place, part in enumerate(each.parts)}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(pickled, f"doesn't hold tinyBenchmarks' parameters ({error})") from error
-    with path.open("xb") as file:
-        np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+    whole = BytesIO()
+    np.savez_compressed(whole, about=np.array(json.dumps(about)), **arrays)
+    try:
+        with path.open("xb") as file:
+            file.write(whole.getvalue())
+    except FileExistsError as error:
+        raise UsageError(f"{path} exists: give another name, or remove it.") from error
+    except OSError as error:
+        raise RunError(f"Can't write {path}: {error.strerror}.") from error
     return [*about]
 
 

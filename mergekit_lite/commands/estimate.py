@@ -37,8 +37,6 @@ def convert(pickled: Path, parameters: Path) -> None:
     """
     from mergekit_lite.answers.tiny_benchmarks import convert as converted
 
-    if parameters.exists():
-        raise UsageError(f"{parameters} exists: give another name, or remove it.")
     click.echo(f"{parameters} has {', '.join(converted(pickled, parameters))}")
 
 

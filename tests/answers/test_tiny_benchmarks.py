@@ -131,7 +131,7 @@ def test_other_pickles_are_refused(held: object, why: str, tmp_path: Path, monke
         (tmp_path / "x.pkl").write_bytes(content)
         with pytest.raises(CheckpointError):
             convert(tmp_path / "x.pkl", tmp_path / "x.npz")
-        with pytest.raises(UnreadableError, match="converted to"):
+        with pytest.raises(UnreadableError, match="estimate convert"):
             Benchmark.read(tmp_path / "x.pkl", "mine")
 
 
@@ -150,6 +150,10 @@ def test_the_commands(parameters: Path) -> None:
     assert found["first"]["gp_irt"] == pytest.approx(RELEASED["first"][2])
     again = CliRunner().invoke(main, ["estimate", "convert", str(parameters.with_suffix(".pkl")), str(parameters)])
     assert again.exit_code == 2 and "exists" in str(again.exception) + again.output
+    nowhere = ["estimate", "convert", str(parameters.with_suffix(".pkl")), str(parameters.parent / "no" / "x.npz")]
+    assert CliRunner().invoke(main, nowhere).exit_code == 1
+    missing = CliRunner().invoke(main, ["estimate", "scores", "no.npz", "mine", str(results)])
+    assert missing.exit_code == 1 and "no.npz: can't be read" in str(missing.exception) + missing.output
     results.write_text("1\nyes\n")
     wrong = CliRunner().invoke(main, asked)
     assert wrong.exit_code == 2 and "results.txt:2: 'yes' is no number" in str(wrong.exception) + wrong.output
