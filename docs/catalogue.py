@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +107,8 @@ def entries(files: Iterable[Path]) -> str:
 
 def entry(file: Path) -> Entry:
     """Read a recipe's first paragraph: what it makes, (its source), and the sentences with figures."""
-    text = re.sub(r"\s*\bRun:?$", "", " ".join(head(file)[: head(file).index("")])).strip()
+    paragraph = " ".join(takewhile(bool, head(file)))
+    text = re.sub(r"\s*\bRun:?$", "", paragraph).strip()
     source = SOURCE.search(text)
     sentences = re.split(r"(?<=[.])\s+(?=[A-Z])", SOURCE.sub("", text, count=1))
     figures = [each for each in sentences[1:] if any(name in each for name in FIGURES)]
