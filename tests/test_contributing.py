@@ -187,7 +187,7 @@ problems = []
 OBJECTIVES["toy"].options({"factor": -1}, problems)
 assert problems
 """,
-        changed={"distillation/objectives/preference.py": ("", OBJECTIVE)},
+        changed={"distillation/objectives/averages.py": ("", OBJECTIVE)},
     ),
     "scorer": Toy(
         """

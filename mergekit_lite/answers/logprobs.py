@@ -73,12 +73,14 @@ class ResponseLogProbs:
         lengths: (B,) int64; the number of tokens, the end of the turn included.
         squares: (B,) float32, no gradient; mean_t log Σ_v π(v | x, y_<t)². None where ``squares`` is False.
         tokens: (R,) float32; log π(y_t | x, y_<t), of all responses in a row.
+        states: (R, H); the hidden states that the head predicts them from.
     """
 
     sums: Tensor
     lengths: Tensor
     squares: Tensor | None
     tokens: Tensor
+    states: Tensor
 
 
 def padded(rows: Sequence[Tokens], pad: int = 0, device: torch.device | str = "cpu") -> Batch:
@@ -105,16 +107,26 @@ def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: b
         batch: on the model's device.
         squares: whether to compute WPO's mean_t log Σ_v π² too.
     """
-    hidden = model.base_model(**batch.inputs, use_cache=False)[0].flatten(0, 1)
-    states, targets, lengths = hidden[batch.states], batch.targets, batch.lengths
+    states, targets, lengths = states_of(model, batch), batch.targets, batch.lengths
     shape, head = shape_of(model), head_of(model)
-    # ZeRO-3 keeps a weight's shape apart while it is partitioned.
-    rows = max(1, LOGITS_AT_ONCE // getattr(head.weight, "ds_shape", head.weight.shape)[0])
+    rows = rows_at_once(head)
     parts = list(zip(torch.split(states, rows), torch.split(targets, rows), strict=True))
     chunks = [_chunk(head, *part, shape, squares, again=len(parts) > 1) for part in parts]
     tokens = torch.cat([logps for logps, _ in chunks])
     means = by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths if squares else None
-    return ResponseLogProbs(by_sequence(tokens, lengths), lengths, means, tokens)
+    return ResponseLogProbs(by_sequence(tokens, lengths), lengths, means, tokens, states)
+
+
+def states_of(model: PreTrainedModel, batch: Batch | Packed) -> Tensor:
+    """Return the hidden states (R, H) that predict the scored tokens."""
+    hidden: Tensor = model.base_model(**batch.inputs, use_cache=False)[0].flatten(0, 1)
+    return hidden[batch.states]
+
+
+def rows_at_once(head: Any) -> int:
+    """Return how many positions' logits may be in memory at once."""
+    # ZeRO-3 keeps a weight's shape apart while it is partitioned.
+    return max(1, LOGITS_AT_ONCE // int(getattr(head.weight, "ds_shape", head.weight.shape)[0]))
 
 
 def head_of(model: PreTrainedModel) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from mergekit_lite.commands.running import takes_ray
 
 if TYPE_CHECKING:
     from mergekit_lite.distillation.data.exporting import Format
+    from mergekit_lite.distillation.recipe.schema import Recipe
 
 
 @click.group(name="distill", cls=CommandGroup)
@@ -103,10 +105,10 @@ def sample(
     if ray is not None:
         raise click.UsageError("--ray is for models that answer here: a batch asks nobody.")
     from mergekit_lite.distillation import batch
-    from mergekit_lite.distillation.recipe.loading import load
 
+    reporter = TerminalReporter(quiet=quiet)
     step = batch.write_batch if write_batch is not None else batch.read_batch
-    return step(load(recipe), source, file, TerminalReporter(quiet=quiet))
+    return step(_at_work(recipe, reporter), source, file, reporter)
 
 
 @stage("score")
@@ -150,7 +152,10 @@ def report(recipe: Path, quiet: bool) -> None:
 
     It has curves, scores before and after on held-out prompts, and answers side by side.
     """
-    _carry_out("report", recipe, quiet)
+    from mergekit_lite.distillation.recipe.loading import load
+    from mergekit_lite.distillation.report import report as write_report
+
+    write_report(load(recipe), TerminalReporter(quiet=quiet))  # of all rounds
 
 
 @stage("export", ("--format trl -o rows",))
@@ -170,17 +175,25 @@ def export(recipe: Path, quiet: bool, form: Format, output: Path) -> None:
     The stage pair has made them.
     """
     from mergekit_lite.distillation.data.exporting import export as export_rows
-    from mergekit_lite.distillation.recipe.loading import load
 
-    export_rows(load(recipe), TerminalReporter(quiet=quiet), to=output, form=form)
+    reporter = TerminalReporter(quiet=quiet)
+    export_rows(_at_work(recipe, reporter), reporter, to=output, form=form)
 
 
 def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool | str | None) -> None:
     """Run one stage: a function of its own name, in the module of its name."""
-    from mergekit_lite.distillation.recipe.loading import load
-
+    reporter = TerminalReporter(quiet=quiet)
     run_stage = getattr(import_module(f"mergekit_lite.distillation.{name}"), name)
-    run_stage(load(recipe), TerminalReporter(quiet=quiet), **options)
+    run_stage(_at_work(recipe, reporter), reporter, **options)
+
+
+def _at_work(path: Path, reporter: TerminalReporter) -> Recipe:
+    """Return the recipe in a file, or that of the round at work, which the first process of a launch tells."""
+    from mergekit_lite.distillation.recipe.loading import load
+    from mergekit_lite.distillation.reporter import Reporter
+    from mergekit_lite.distillation.rounds import current
+
+    return current(load(path), reporter if os.environ.get("RANK", "0") == "0" else Reporter())
 
 
 def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
@@ -214,6 +227,10 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
         ]
         reporter.table(("teacher", "model", "asked", ">rows ≤", ">done", ">files ≈", ">EFLOP ≈"), taught)
         reporter.line(f"sizes and costs of teaching are at {TOKENS} tokens a response\n")
+    if plan.rounds:
+        rounds = [(f"{r.round}", f"{r.prompts:,}", f"{r.replayed:,}", "yes" if r.done else "no") for r in plan.rounds]
+        reporter.table((">round", ">prompts", ">replayed ≤", "done"), rounds)
+        reporter.line("")
     stages = [(stage.stage, f"{stage.rows:,}", f"{stage.steps:,}") for stage in plan.training]
     reporter.table(("training", ">rows ≤", ">steps ≤"), stages)
     reporter.line(f"\neverything lies in {recipe.folder}")

@@ -19,6 +19,7 @@ from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.remarks import remarks
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rounds import take_over
 from mergekit_lite.distillation.sample import SourceTasks, hold_source, plan, tell_systems
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
@@ -86,7 +87,9 @@ def read_batch(recipe: Recipe, name: str | None, path: Path, reporter: Reporter)
 
 def _source(recipe: Recipe, name: str | None, reporter: Reporter) -> SourceTasks:
     """Return the tasks of the source with this name; of the only served one, where none is given."""
-    planned = {each.source.name: each for each in plan(recipe, settled(recipe, reporter)) if each.source.is_served}
+    prompts = settled(recipe, reporter)
+    take_over(recipe)
+    planned = {each.source.name: each for each in plan(recipe, prompts) if each.source.is_served}
     if name is None and len(planned) == 1:
         (name,) = planned
     if name not in planned:

@@ -9,9 +9,11 @@ from mergekit_lite.distillation import teach as teaching
 from mergekit_lite.distillation import train as training
 from mergekit_lite.distillation.pair import pair
 from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.report import report
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.reporting.findings import Findings
+from mergekit_lite.distillation.rounds import each_round
 from mergekit_lite.distillation.score import score
 from mergekit_lite.options import named_options
 
@@ -20,7 +22,8 @@ from mergekit_lite.options import named_options
 def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporter | None = None) -> Findings:
     """Distill strong models into a small one, as a recipe says: sample, score, pair, teach, train and report.
 
-    Every stage reads and writes files in the recipe's folder; what is done is not done again.
+    Every stage reads and writes files in the recipe's folder; what is done is not done again. With ``rounds`` all but
+    the report is done in each.
 
     Args:
         recipe: a YAML file; see docs/distill.md.
@@ -35,20 +38,26 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
         MergekitLiteError: a model can't be asked, judged or trained. What was finished is kept.
     """
     loaded, reporter = load(Path(recipe)), reporter or Reporter()
-    training.check(loaded)  # what would be refused hours later
-    sampling.check(loaded, and_target=True)
-    teaching.check(loaded)
-    for _ in range(1 if loaded.target_source is None else 2):  # the target answers for itself once its SFT is done
-        reporter.line("[sample]")
-        sampling.sample(loaded, reporter, skip_missing=skip_missing)
-        reporter.line("[score]")
-        score(loaded, reporter)
-        reporter.line("[pair]")
-        pair(loaded, reporter, skip_missing=skip_missing)
-        if loaded.train.fuse is not None:
-            reporter.line("[teach]")
-            teaching.teach(loaded, reporter, skip_missing=skip_missing)
-        reporter.line("[train]")
-        training.train(loaded, reporter)
+    for each in each_round(loaded, reporter):
+        training.check(each)  # what would be refused hours later
+        sampling.check(each, and_target=True)
+        teaching.check(each)
+        _stages(each, reporter, skip_missing)
     reporter.line("[report]")
     return report(loaded, reporter)
+
+
+def _stages(recipe: Recipe, reporter: Reporter, skip_missing: bool) -> None:
+    """Run the stages up to training: twice, where the target answers for itself once its SFT is done."""
+    for _ in range(1 if recipe.target_source is None else 2):
+        reporter.line("[sample]")
+        sampling.sample(recipe, reporter, skip_missing=skip_missing)
+        reporter.line("[score]")
+        score(recipe, reporter)
+        reporter.line("[pair]")
+        pair(recipe, reporter, skip_missing=skip_missing)
+        if recipe.train.fuse is not None:
+            reporter.line("[teach]")
+            teaching.teach(recipe, reporter, skip_missing=skip_missing)
+        reporter.line("[train]")
+        training.train(recipe, reporter)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from mergekit_lite.answers.asking import urls_of
 from mergekit_lite.answers.data_files import Data
@@ -28,12 +28,14 @@ from mergekit_lite.distillation.recipe.schema import (
     RecipeTeacher,
     Training,
 )
+from mergekit_lite.distillation.rounds import all_rounds, is_done, prompts_of
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 from mergekit_lite.distillation.teaching.encoding import Layout
 from mergekit_lite.distillation.teaching.files import TaughtFile, is_taught
 from mergekit_lite.errors import CheckpointError
 
 TOKENS, VOCABULARY = 400, 152_000  # of a response, and of a teacher, where costs are estimated
+REPLAYED: tuple[Literal["sft", "preference"], ...] = ("sft", "preference")
 MADE_BY = {"sft": "SFT", "fuse": "fusing", "on_policy": "on-policy training"}
 
 
@@ -78,8 +80,21 @@ class TrainingSteps(NamedTuple):
     steps: int
 
 
+class RoundPlan(NamedTuple):
+    """The prompts of one round, and the most rows of earlier rounds and optimiser steps of all its trainings."""
+
+    round: int
+    prompts: int
+    replayed: int
+    steps: int
+    done: bool
+
+
+Row = TypeVar("Row", DomainRows, SourceRequests, TeacherRows)
+
+
 class DryRun(NamedTuple):
-    """All numbers of a dry run, and the models that are missing, as messages."""
+    """All numbers of a dry run, and the models that are missing, as messages. With rounds they are those of all."""
 
     domains: tuple[DomainRows, ...]
     sources: tuple[SourceRequests, ...]
@@ -88,17 +103,69 @@ class DryRun(NamedTuple):
     training: tuple[TrainingSteps, ...]
     missing_models: tuple[str, ...]
     left_out: tuple[str, ...] = ()  # rows that are given and can't be read
+    rounds: tuple[RoundPlan, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         tables = {
-            key: [row._asdict() for row in getattr(self, key)] for key in ("domains", "sources", "teachers", "training")
+            key: [row._asdict() for row in getattr(self, key)]
+            for key in ("domains", "sources", "teachers", "training", "rounds")
         }
         return {**self._asdict(), **tables}
 
 
 def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
     """Count what the recipe would do with these prompts. Reads only the ledgers of earlier runs."""
+    return _once(recipe, prompts, Counter()) if recipe.rounds is None else _over_rounds(recipe, prompts)
+
+
+def _over_rounds(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
+    """Return the sums over all rounds, each counted by itself, and what each of them has."""
+    plans: list[DryRun] = []
+    rounds: list[RoundPlan] = []
+    own_rows: list[Counter[str]] = []  # the last round's first, by training
+    for each in all_rounds(recipe):
+        again: Counter[str] = Counter()
+        for share, rows in zip(each.settings.replay, own_rows, strict=False):
+            again.update({stage: floor_share(share, number) for stage, number in rows.items()})
+        mine = prompts_of(each, prompts)
+        plan = _once(each, mine, again)
+        plans.append(plan)
+        own_rows.insert(0, Counter({name: sum(getattr(row, name) for row in plan.domains) for name in REPLAYED}))
+        steps = sum(training.steps for training in plan.training)
+        rounds.append(RoundPlan(each.number, len(mine), again.total(), steps, is_done(each)))
+    first, *later = plans
+    reused = recipe.rounds is not None and recipe.rounds.prompts == "reuse"
+    asked_once = [each.name for each in recipe.sources if reused]
+    domains = _summed(row for plan in plans for row in plan.domains)
+    sources = [*first.sources, *(row for plan in later for row in plan.sources if row.name not in asked_once)]
+    training = tuple(
+        row._replace(stage=f"round-{number} {row.stage}")
+        for number, plan in enumerate(plans, 1)
+        for row in plan.training
+    )
+    return first._replace(
+        domains=domains,
+        sources=_summed(sources),
+        teachers=_summed(row for plan in plans for row in plan.teachers),
+        training=training,
+        rounds=tuple(rounds),
+    )
+
+
+def _summed(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Add up the numbers of rows whose first field, their name, is the same; the first of them has the other fields."""
+    by_name: dict[str, Row] = {}
+    for row in rows:
+        before = by_name.get(row[0])
+        fields = {} if before is None else before._asdict()
+        sums = {name: value + getattr(row, name) for name, value in fields.items() if isinstance(value, int | float)}
+        by_name[row[0]] = row if before is None else before._replace(**sums)
+    return tuple(by_name.values())
+
+
+def _once(recipe: Recipe, prompts: Sequence[Prompt], again: Counter[str]) -> DryRun:
+    """Count what one distillation does, on rows of earlier rounds too: ``again``, by training."""
     counts = Counter(prompt.domain for prompt in prompts)
     domains = tuple(_domain(recipe, domain, count) for domain, count in counts.items())
     sources = [_source(recipe, source, prompts) for source in recipe.sources]
@@ -112,14 +179,14 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
     else:
         sft = _given(recipe.rows.sft, left_out)
         preference = sum(_given(recipe.rows.preference, left_out).values())
-    rows = {"sft": sum(sft.values()), "preference": preference}
+    rows = {"sft": sum(sft.values()) + again["sft"], "preference": preference + again["preference"]}
     asked = len(prompts) or sum(sft.values()) + preference
     training: list[TrainingSteps] = []
     for stage, settings in recipe.train.stages.items():
         if isinstance(settings, OnPolicy):
             training.append(_rounds(settings, asked))
         elif isinstance(settings, Fuse):
-            training += _fusing(recipe, settings, sft)
+            training += _fusing(recipe, settings, sft, again["sft"])
         else:
             training.append(_steps(stage, settings, rows[stage]))
     teachers = tuple(_teacher(recipe, teacher, sft) for teacher in recipe.teachers) if recipe.train.fuse else ()
@@ -181,7 +248,7 @@ def _steps(stage: str, training: Training, rows: int) -> TrainingSteps:
     return TrainingSteps(stage, trained, math.floor(training.epochs * trained + 1e-9) // training.batch_size)
 
 
-def _fusing(recipe: Recipe, fuse: Fuse, by_domain: Mapping[str, int]) -> Iterator[TrainingSteps]:
+def _fusing(recipe: Recipe, fuse: Fuse, by_domain: Mapping[str, int], again: int) -> Iterator[TrainingSteps]:
     """Yield the training of the student, or with ``pairwise`` of each, on the rows that its teachers teach."""
     students = {"fuse": list(recipe.teachers)}
     if fuse.pairwise is not None:
@@ -189,7 +256,7 @@ def _fusing(recipe: Recipe, fuse: Fuse, by_domain: Mapping[str, int]) -> Iterato
         students = {f"fuse-{each.name}": [*pivot, each] for each in recipe.teachers if each not in pivot}
     for name, teachers in students.items():
         taught = [number for domain, number in by_domain.items() if any(each.teaches(domain) for each in teachers)]
-        yield _steps(name, fuse, sum(taught))
+        yield _steps(name, fuse, sum(taught) + again)
 
 
 def _rounds(training: OnPolicy, prompts: int) -> TrainingSteps:
@@ -219,5 +286,7 @@ def _target(
     requests = sum(rows.preference * source.answers_to(rows.domain) for rows in waiting)
     before = recipe.train.before_preference
     made = recipe.target if before is None else f"what {MADE_BY[before]} makes"
+    if recipe.rounds is not None and before is None:
+        made = "what each round starts from"
     model = source.model if source.server else made
     return _source(recipe, source, prompts)._replace(name=TARGET, model=model, requests=requests)

@@ -10,6 +10,8 @@ from pathlib import Path
 class Folder:
     """The folder of one recipe. docs/distill.md lists its files and their rows.
 
+    With rounds each has such a folder in it, ``round-1``, ``round-2`` …, which has all but the report.
+
     Files in ``samples`` and ``scores`` are ledgers (``answers/ledger.py``). The folder of the report has its own
     prompts, samples and scores, of the trained models and held-out prompts.
     """
@@ -24,6 +26,11 @@ class Folder:
     def samples(self, source: str) -> Path:
         """Return the file of the answers of one source."""
         return self.root / "samples" / f"{source}.jsonl"
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether any source has answered, in any round."""
+        return any(found for pattern in ("", "round-*/") for found in self.root.glob(f"{pattern}samples/*.jsonl"))
 
     def server_log(self, source: str) -> Path:
         """Return the file that takes what a source's server prints, where this process starts it."""
@@ -44,6 +51,11 @@ class Folder:
     def trained(self, stage: str) -> Path:
         """Return the folder of the model that a training makes: ``sft``, ``fuse``, ``on_policy`` or ``preference``."""
         return self.root / "train" / stage
+
+    @property
+    def momentum(self) -> Path:
+        """The folder of the step beyond the model that a round has trained."""
+        return self.root / "momentum"
 
     @property
     def report(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from mergekit_lite.distillation.data.importing import import_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting, assignments
 from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores, candidates, texts
+from mergekit_lite.distillation.pairing.replay import replayed
 from mergekit_lite.distillation.pairing.table import Counts, PairingTable, table_of
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.checks import pairing_problems, unknown_domains
 from mergekit_lite.distillation.recipe.problems import Problem
-from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe
+from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rules import Answers, Candidate, PreferencePair, win
 from mergekit_lite.errors import RunError, UsageError, counted, listing
@@ -41,7 +43,7 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
     """
     folder, inventory = Folder(recipe.folder), Inventory()
     if recipe.rows is not None:
-        table = PairingTable({}, roles=import_rows(folder, recipe.rows, reporter))
+        table = PairingTable({}, roles=import_rows(folder, recipe.rows, reporter, _reads_own(recipe)))
         unknown_domains(recipe, (prompt.domain for prompt in stored(folder)))
         table.write(folder.root / "pairs" / "table.json")
         table.show(reporter)
@@ -75,6 +77,9 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
     table = table_of(assigned, prompts, inventory, rows)
     table.write(folder.root / "pairs" / "table.json")
     table.show(reporter)
+    for name, lines in rows.items():
+        for number, again in Counter(row["round"] for row in lines if "round" in row).items():
+            reporter.line(f"{name}: {counted(again, 'row')} of round {number} again")
     if missing:
         reporter.line(listing("The preference rows wait for the target's own answers and their scores", missing))
     _hold_rows(table.overall)
@@ -144,7 +149,8 @@ def _write(
     While prompts wait for the target there are no preference rows, not even an older file.
     """
     folder = Folder(recipe.folder)
-    responses = _responses(recipe, folder, assigned)
+    own = _own_answers(recipe, answers, assigned)
+    responses = _responses(recipe, folder, assigned, own)
     rows: dict[str, list[dict[str, Any]]] = {"sft": [], "preference": [], "dropped": []}
     for prompt, assignment in ((prompts[name], assignment) for name, assignment in assigned.items()):
         pairing = pairings[prompt.domain]
@@ -152,12 +158,18 @@ def _write(
             rows["sft"].append(_sft_row(prompt, assignment, pairing, responses))
         elif isinstance(assignment, PreferencePair):
             row = _preference_row(prompt, assignment, pairing.rule, answers[prompt.id], responses)
+            if prompt.id in own:
+                row["own"] = _own_row(prompt, own[prompt.id], responses)
             rows["preference"].append(row)
         elif isinstance(assignment, Dropped):
             rows["dropped"].append(_dropped_row(prompt, assignment))
     if any(isinstance(assignment, Waiting) for assignment in assigned.values()):
         del rows["preference"]
         folder.pairs("preference").unlink(missing_ok=True)
+    if isinstance(recipe, RoundRecipe):
+        for name in ("sft", "preference"):
+            if name in rows:
+                rows[name] += replayed(recipe, name)
     for name, lines in rows.items():
         write_rows(folder.pairs(name), lines)
     return rows
@@ -171,10 +183,33 @@ def _write_waiting(folder: Folder, waiting: Sequence[Prompt]) -> None:
         path.unlink(missing_ok=True)  # left by another recipe
 
 
-def _responses(recipe: Recipe, folder: Folder, assigned: Mapping[str, Assignment]) -> Responses:
+def _reads_own(recipe: Recipe) -> bool:
+    """Whether the recipe's objective reads the target's own answer to each prompt."""
+    if recipe.train.preference is None:
+        return False
+    from mergekit_lite.distillation.objectives.preference import OBJECTIVES  # loads torch
+
+    objective = OBJECTIVES.get(recipe.train.preference.objective)
+    return objective is not None and objective.own
+
+
+def _own_answers(
+    recipe: Recipe, answers: Mapping[str, Answers], assigned: Mapping[str, Assignment]
+) -> dict[str, Candidate]:
+    """Return the target's first whole answer to each prompt with a pair, where the objective reads it."""
+    if not _reads_own(recipe):
+        return {}
+    paired = [prompt for prompt, assignment in assigned.items() if isinstance(assignment, PreferencePair)]
+    first = {prompt: next((each for each in answers[prompt].target if each.whole), None) for prompt in paired}
+    return {prompt: answer for prompt, answer in first.items() if answer is not None}
+
+
+def _responses(
+    recipe: Recipe, folder: Folder, assigned: Mapping[str, Assignment], beside: Mapping[str, Candidate]
+) -> Responses:
     wanted: dict[str, set[Key]] = {}
     for prompt, assignment in assigned.items():
-        for answer in _used(assignment):
+        for answer in (*_used(assignment), *([beside[prompt]] if prompt in beside else [])):
             wanted.setdefault(answer.source, set()).add(Key(prompt, answer.index))
     responses: dict[tuple[str, Key], dict[str, Any]] = {}
     own = [recipe.target_source] if recipe.target_source is not None else []
@@ -240,6 +275,11 @@ def _preference_row(
         "rule": rule,
         "why": pair.why,
     }
+
+
+def _own_row(prompt: Prompt, answer: Candidate, responses: Responses) -> dict[str, Any]:
+    response = responses[answer.source, Key(prompt.id, answer.index)]
+    return {"text": response["text"], **_cut(response), "index": answer.index}
 
 
 def _dropped_row(prompt: Prompt, dropped: Dropped) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
 from mergekit_lite.distillation.data.given import add_prompts
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.checks import unknown_domains
-from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rounds import hold_parts, prompts_of
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
 SHOWN = 5  # malformed rows in a warning
@@ -20,9 +21,14 @@ SHOWN = 5  # malformed rows in a warning
 def read(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
     """Return the distinct prompts that the recipe's data have now; what is left out is reported.
 
+    A round has its part of those that the whole recipe has settled.
+
     Raises:
         UsageError: the data can't be read, are empty, or have no prompt of a domain that the recipe names.
     """
+    if isinstance(recipe, RoundRecipe):
+        hold_parts(recipe.whole)
+        return prompts_of(recipe, settled(recipe.whole, reporter))
     loaded = data.load(recipe.prompts)
     if not recipe.prompts:
         add_prompts(recipe.sources, loaded)
@@ -52,7 +58,7 @@ def settled(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
         write_rows(folder.prompts, map(data.as_row, now))
     elif (then := stored(folder)) != now:
         before, after = _as_asked(then), _as_asked(now)
-        if before != after and any((folder.root / "samples").glob("*.jsonl")):
+        if before != after and folder.has_answers:
             raise UsageError(_changed(folder, before, after))
         write_rows(folder.prompts, map(data.as_row, now))
     return now

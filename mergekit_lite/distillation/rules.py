@@ -207,6 +207,21 @@ def gap_between(least: float | None, most: float | None) -> Filter:
     return reason
 
 
+def by_chosen(sources: Filter, own: Filter) -> Filter:
+    """Return a filter that is another one where the chosen answer, of several the last, is the target's own."""
+    return lambda pair: (own if pair.chosen[-1].own else sources)(pair)
+
+
+def chosen_from(least: float | None) -> Filter:
+    """Return a filter that admits pairs whose chosen answers all have this score at least; None is no bound."""
+
+    def reason(pair: PreferencePair) -> str:
+        below = least is not None and min(answer.score for answer in pair.chosen) < least
+        return f"chosen score below {least:g}" if below else ""
+
+    return reason
+
+
 def rip(
     *, rejected_score: float | None = None, rejected_length: float | None = None, gap: float | None = None
 ) -> Filter:

@@ -28,6 +28,7 @@ from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
 from mergekit_lite.distillation.remarks import Likeness, remarks
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rounds import take_over
 from mergekit_lite.distillation.settings import as_from, hold_settings
 from mergekit_lite.distillation.spreading import spread
 from mergekit_lite.engine.buffers import CPU
@@ -66,6 +67,7 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ra
         return
     check(recipe)
     prompts = settled(recipe, reporter)
+    take_over(recipe)
     for source in (source for source in recipe.sources if source.answers):
         number = import_answers(Folder(recipe.folder), source, prompts, reporter)
         reporter.line(f"{source.name}: {counted(number, 'answer')} given")
@@ -165,10 +167,14 @@ def own_prompts(recipe: Recipe, prompts: Iterable[Prompt]) -> list[Prompt]:
 def tasks_of(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> tuple[Task, ...]:
     """Return a source's tasks: its number of answers to each prompt of its domains, each with a seed of its own."""
     return tuple(
-        Task(prompt, index, seed_of(recipe.seed, source.name, prompt.id, index))
+        Task(prompt, index, seed_of(_seed(recipe, source), source.name, prompt.id, index))
         for prompt in prompts
         for index in range(source.answers_to(prompt.domain))
     )
+
+
+def _seed(recipe: Recipe, source: RecipeSource) -> int:
+    return recipe.seed if source.seed is None else source.seed
 
 
 @contextmanager
@@ -334,7 +340,7 @@ def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
         "engine_options": source.engine_options or None,
         "one_request": source.one_request or None,
         "system": source.system,
-        "seed": recipe.seed,
+        "seed": _seed(recipe, source),
         **source.sampling.model_dump(mode="json"),
         **({"trained": _digest(Path(model))} if source.name == TARGET and source.server is None else {}),
     }

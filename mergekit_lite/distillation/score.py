@@ -248,4 +248,5 @@ def _report_summary(tasks: Sequence[ScoringTask], reporter: Reporter) -> None:
             more = f", and {len(reasons) - SHOWN:,} other reasons" if len(reasons) > SHOWN else ""
             without = f"{counted(reasons.total(), 'answer')} of {task.source} without a score"
             reporter.warn(f"{task.scorer.name}: {without}: {shown}{more}")
-    reporter.table(("scorer", "source", ">scored", ">mean", ">s.d.", ">no score"), rows)
+    if rows:  # none before the target answers, where there are no other sources
+        reporter.table(("scorer", "source", ">scored", ">mean", ">s.d.", ">no score"), rows)

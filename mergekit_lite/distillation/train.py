@@ -25,7 +25,9 @@ no dropout, as the reference has none.
     step, epoch, time    done so far, and when
     loss, grad_norm, learning_rate
     length/response      SFT, fusing: tokens of the responses
-    clm                  fusing: SFT's part of the loss, nats a token
+    clm                  fusing, CUT: SFT's part of the loss, nats a token
+    unlikelihood         CUT: the other part, nats a token of answers with a judgment
+    criticised           CUT: share of these tokens that are made unlikely
     distance             fusing: the teachers' part, mean of the groups; distance/TEACHER: to one of them
     weight/TEACHER       fusing: mean of its weight over the rows
     grouped              fusing: share of the tokens that are compared with a teacher's
@@ -53,12 +55,15 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.distances import DISTANCES
 from mergekit_lite.distillation.on_policy import checks as on_policy
 from mergekit_lite.distillation.on_policy.stage import OnPolicyStage
-from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.recipe.schema import Preference, Recipe, RoundRecipe, Sft
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rounds import add_momentum
 from mergekit_lite.distillation.training import arguments
 from mergekit_lite.distillation.training.fuse_stage import fuse_stage
 from mergekit_lite.distillation.training.model import tokenizer_of, unavailable
-from mergekit_lite.distillation.training.stage import TrainingStage, objective_of
+from mergekit_lite.distillation.training.preference_stage import PreferenceStage, objective_of
+from mergekit_lite.distillation.training.sft_stage import SftStage
+from mergekit_lite.distillation.training.stage import TrainingStage
 from mergekit_lite.distillation.training.vocabularies import can_project, has_vocabulary_of
 from mergekit_lite.errors import UsageError, counted, listing
 
@@ -83,6 +88,8 @@ def train(recipe: Recipe, reporter: Reporter) -> None:
             return
         stage.run(reporter)
         start = str(folder.trained(name))
+    if isinstance(recipe, RoundRecipe) and recipe.settings.momentum:
+        stage.together(lambda: add_momentum(recipe, reporter))
 
 
 def stage_of(recipe: Recipe, name: str, start: str) -> TrainingStage:
@@ -92,7 +99,11 @@ def stage_of(recipe: Recipe, name: str, start: str) -> TrainingStage:
     if name == "on_policy":
         return OnPolicyStage.of(recipe, start)
     folder, training = Folder(recipe.folder), recipe.train.stages[name]
-    return TrainingStage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
+    places = (start, folder.pairs(name), folder.trained(name), recipe.seed)
+    if isinstance(training, Preference):
+        return PreferenceStage(name, training, *places)
+    assert isinstance(training, Sft)
+    return SftStage(name, training, *places)
 
 
 def needs(recipe: Recipe, name: str) -> list[Path]:
@@ -124,11 +135,29 @@ def check(recipe: Recipe) -> None:
                 problems.append(f"train.{name}: keep: best chooses by prompts held out: say by eval how many, as 0.02")
             if training.eval_steps is not None:
                 problems.append(f"train.{name}: eval_steps has no effect without eval")
-    if recipe.train.preference is not None:
-        objective_of(recipe.train.preference, problems)
+    if recipe.train.sft is not None and recipe.train.sft.noise and recipe.train.sft.unlikelihood:
+        problems.append("train.sft: unlikelihood compares two contexts, and noise would differ in them: give one")
+    problems += unfit_preferences(recipe)
     problems += unfit_distances(recipe)
     if problems:
         raise UsageError(listing(f"{counted(len(problems), 'problem')} in the recipe's train", problems))
+
+
+def unfit_preferences(recipe: Recipe) -> list[str]:
+    """Return messages about the objective of preferences, and what it needs that this recipe doesn't give it."""
+    training = recipe.train.preference
+    if training is None:
+        return []
+    problems: list[str] = []
+    found = objective_of(training, problems)
+    pairings = [recipe.pairs.of(domain) for domain in ("", *recipe.pairs.domains)]
+    if found is not None and found[0].own and recipe.rows is None and not any(each.needs_target for each in pairings):
+        text = "needs the target's own answers, and no pairs are made of them"
+        problems.append(f"train.preference: {found[0].name} {text}: say `answers: target` in pairs, or `all`")
+    other = training.reference
+    if other is not None and not has_vocabulary_of(tokenizer_of(recipe.target), tokenizer_of(other)):
+        problems.append(f"train.preference.reference: {other} has other tokens than {recipe.target}")
+    return problems
 
 
 def unfit_distances(recipe: Recipe) -> list[str]:

@@ -19,7 +19,18 @@ from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.preference import OBJECTIVES
 from mergekit_lite.distillation.recipe.loading import load
-from mergekit_lite.distillation.recipe.schema import Fuse, Lora, RecipeSource, RecipeTeacher, Rule, Train, Training
+from mergekit_lite.distillation.recipe.schema import (
+    Fuse,
+    Lora,
+    Preference,
+    RecipeSource,
+    RecipeTeacher,
+    Rounds,
+    Rule,
+    Sft,
+    Train,
+    Training,
+)
 from tests.distill.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +51,11 @@ def first_column(heading: str) -> set[str]:
     return set(re.findall(r"^\| `([a-z_0-9]+)` \|", section(heading), re.MULTILINE))
 
 
+def own(training: type[Training]) -> dict[str, FieldInfo]:
+    """The keys that one kind of training has beside those of all."""
+    return {name: field for name, field in training.model_fields.items() if name not in Training.model_fields}
+
+
 def test_the_recipe_plans(tmp_path: Path) -> None:
     (tmp_path / "distill.yaml").write_text(YAML["distill.yaml"])
     prompts = [json.dumps({"prompt": f"Question {number}?"}) for number in range(9)]
@@ -50,6 +66,17 @@ def test_the_recipe_plans(tmp_path: Path) -> None:
     assert (domain["domain"], domain["prompts"], domain["sft"]) == ("chat", 9, 3)
     recipe = load(tmp_path / "distill.yaml")
     assert recipe.folder == tmp_path / "made"
+
+
+def test_the_recipe_of_rounds_plans(tmp_path: Path) -> None:
+    (tmp_path / "rounds.yaml").write_text(YAML["rounds.yaml"])
+    prompts = [json.dumps({"prompt": f"Question {number}?"}) for number in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    result = CliRunner().invoke(main, ["distill", "run", str(tmp_path / "rounds.yaml"), "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    assert [(each["prompts"], each["replayed"]) for each in json.loads(result.output)["rounds"]] == [
+        *((10, 0), (10, 3), (10, 4))
+    ]
 
 
 def test_the_recipes_of_given_data_load(tmp_path: Path) -> None:
@@ -117,11 +144,11 @@ def test_the_sources_load(tmp_path: Path) -> None:
     [
         ("Keys of a source", RecipeSource.model_fields),
         ("Keys of a training", Training.model_fields),
-        (
-            "Keys of fusing",
-            {name: field for name, field in Fuse.model_fields.items() if name not in Training.model_fields},
-        ),
+        ("Keys of fusing", own(Fuse)),
+        ("Keys of SFT", own(Sft)),
+        ("Keys of preference training", own(Preference)),
         ("Teachers", RecipeTeacher.model_fields),
+        ("Rounds", Rounds.model_fields),
     ],
 )
 def test_keys_have_the_defaults_that_the_pages_tell(heading: str, keys: dict[str, FieldInfo]) -> None:

@@ -126,6 +126,7 @@ def test_paths_are_those_of_the_recipes_folder(tmp_path: Path, monkeypatch: pyte
         ],
         "scorers": [{"name": "right", "kind": "reward", "model": "./rm"}, {"name": "x", "kind": "exact"}],
         "report": {"prompts": [{"path": "held.jsonl"}, {"dataset": "org/d"}]},
+        "train": {"preference": {"learning_rate": 1e-5, "objective": "dpo", "reference": "there"}},
     }
     write_recipe(place, **changes)
     monkeypatch.chdir(tmp_path)
@@ -134,6 +135,7 @@ def test_paths_are_those_of_the_recipes_folder(tmp_path: Path, monkeypatch: pyte
     assert made.prompts[0].path == place / "prompts.jsonl"
     assert [source.model for source in made.sources] == [str(place / "there"), "org/b", str(tmp_path / "c"), "there"]
     assert made.scorers[0].model == str(place / "rm")
+    assert made.train.preference is not None and made.train.preference.reference == str(place / "there")
     assert [prompts.path for prompts in made.report.prompts] == [place / "held.jsonl", None]
 
 

@@ -54,7 +54,7 @@ def random_rows(seed: int, chosen: int = 2) -> LogProbs:
         return torch.rand(shape, generator=draws, dtype=torch.float64) * (high - low) + low
 
     lengths, rejected_lengths = drawn(8, chosen, low=5, high=30).round(), drawn(8, low=5, high=30).round()
-    return LogProbs(
+    rows = LogProbs(
         chosen=-lengths * drawn(8, chosen, low=0.2, high=2),
         rejected=-rejected_lengths * drawn(8, low=0.2, high=2),
         chosen_lengths=lengths,
@@ -63,8 +63,13 @@ def random_rows(seed: int, chosen: int = 2) -> LogProbs:
         reference_rejected=-rejected_lengths * drawn(8, low=0.2, high=2),
         chosen_squares=drawn(8, chosen, low=-2, high=-0.1),
         rejected_squares=drawn(8, low=-2, high=-0.1),
+        own=-drawn(8, low=5, high=30),
+        reference_own=-drawn(8, low=5, high=30),
+        round_chosen=-lengths * drawn(8, chosen, low=0.2, high=2),
+        round_rejected=-rejected_lengths * drawn(8, low=0.2, high=2),
         progress=0.5,
     )
+    return replace(rows, mixed_chosen=rows.chosen, mixed_rejected=rows.rejected)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from mergekit_lite.answers.rows import write_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pair import pair
-from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe, Train
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.errors import RunError, UsageError
 
@@ -202,6 +202,19 @@ def test_wrpo_in_two_runs(tmp_path: Path) -> None:
         assert [one["role"] for one in row["chosen"]] == ["source", "target"]
         assert [one["role"] for one in row["rejected"]] == ["target"]
         assert row["chosen"][1]["score"] > row["rejected"][0]["score"]
+
+
+def test_the_targets_own_answer_where_the_objective_reads_it(tmp_path: Path) -> None:
+    """The first one; a recipe with another objective has rows without it."""
+    write_all(tmp_path, domains=("instruction",), number=12)
+    pair(recipe(tmp_path, **WRPO), Reporter())
+    write_source(tmp_path, "target", [row["prompt"] for row in rows(tmp_path, "target")])
+    for objective, own in (("selm", True), ("dpo", False)):
+        train = {"preference": {"objective": objective, "learning_rate": 1e-6}}
+        pair(recipe(tmp_path, **WRPO).model_copy(update={"train": Train.model_validate(train)}), Reporter())
+        found = rows(tmp_path, "preference")
+        assert len(found) == 8 and all(("own" in row) == own for row in found)
+        assert not own or all(row["own"] == {"text": f"target says 0 to {row['prompt']}", "index": 0} for row in found)
 
 
 def test_target_that_answered_in_part_only(tmp_path: Path) -> None:

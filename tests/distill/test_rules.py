@@ -227,6 +227,9 @@ class TestSplit:
         assert drawn(prompts, 0.2, 0) < drawn(prompts, 0.6, 0)
 
 
+grades = st.lists(st.integers(1, 6), max_size=4)
+
+
 def pairing(**settings: object) -> Pairing:
     return Pairing.model_validate({"rule": "fusechat3", "score": "reward", "gap": (0.01, 0.1), **settings})
 
@@ -273,6 +276,29 @@ class TestAssignments:
         assigned = assignments(rule, prompts, seed=0)
         kept = [prompt for prompt, assignment in assigned.items() if isinstance(assignment, PreferencePair)]
         assert kept == ["4", "5", "6", "7"]
+
+    @given(st.lists(st.tuples(grades, grades), max_size=12))
+    def test_dno_keeps_pairs_far_apart(self, each: list[tuple[list[int], list[int]]]) -> None:
+        """Of grades to 6 the chosen one is 5 at least, and 2 above the rejected one, or 1 where it is the target's."""
+        prompts = {
+            str(number): Answers(answered({"gold": gold}), answered({"target": own}, own=True))
+            for number, (gold, own) in enumerate(each)
+        }
+        filters = {"chosen_score": 5, "gap": (2, None), "gap_own": (1, None)}
+        rule = pairing(rule="best_worst", answers="all", sft_share=0.0, **filters)
+        assigned = assignments(rule, prompts, seed=0)
+        for number, (gold, own) in enumerate(each):
+            grades = [*gold, *own]
+            best, is_own = max(grades, default=0), max(own, default=0) > max(gold, default=0)
+            kept = best >= 5 and best - min(grades) >= (1 if is_own else 2)
+            assert isinstance(assigned[str(number)], PreferencePair) == kept, (gold, own)
+
+    def test_why_a_pair_is_not_kept(self) -> None:
+        prompts = {"low": Answers(answered({"A": (4, 1)})), "near": Answers(answered({"A": (6, 5)}))}
+        rule = pairing(rule="best_worst", chosen_score=5, gap=(2, None), sft_share=0.0)
+        assigned = assignments(rule, prompts, seed=0)
+        whys = [each.reason.why for each in assigned.values() if isinstance(each, Dropped)]
+        assert whys == ["chosen score below 5", "gap below 2"]
 
     @given(st.lists(by_source, max_size=12), st.sampled_from(["share", "availability"]), st.integers(0, 5))
     def test_every_prompt_has_one_assignment(self, each: list[dict[str, list[float]]], split: str, share: int) -> None:

@@ -235,6 +235,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:
         "training": [{"stage": "sft", "rows": 5, "steps": 2}, {"stage": "preference", "rows": 4, "steps": 2}],
         "missing_models": [],
         "left_out": [],
+        "rounds": [],
     }
     code, told, _ = invoke("run", path, "--dry-run")
     assert code == 0 and "what SFT makes" in told and "everything lies in" in told

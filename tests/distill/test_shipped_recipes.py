@@ -11,6 +11,8 @@ from mergekit_lite.distillation.on_policy.checks import check
 from mergekit_lite.distillation.on_policy.rounds import planned
 from mergekit_lite.distillation.recipe.checks import pairing_problems
 from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.distillation.rounds import round_of
+from mergekit_lite.distillation.training.preference_stage import objective_of
 from mergekit_lite.recipe import parse
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "distill"
@@ -34,7 +36,8 @@ def test_plans(file: Path) -> None:
     assert list(pairing_problems(recipe, domains)) == []
     assert {*recipe.pairs.domains} <= domains
     for domain in domains:
-        asked = (*recipe.sources, *recipe.teachers)
+        own = [recipe.target_source] if recipe.target_source is not None else []
+        asked = (*recipe.sources, *recipe.teachers, *own)
         assert any(each.domains is None or domain in each.domains for each in asked), domain
     held_out = {prompts.domain for prompts in recipe.report.prompts}
     assert all(scorer.domains is None or held_out <= set(scorer.domains) for scorer in recipe.scorers[:1])
@@ -130,3 +133,39 @@ def test_on_policy() -> None:
     assert (settings.sampling.temperature, settings.sampling.top_p, settings.coef, settings.clip) == (1, 1, 1, None)
     assert settings.lora is not None and (settings.lora.rank, settings.learning_rate) == (128, 1e-4)
     assert planned(settings, 103_000).steps == 1  # a round
+
+
+ROUNDS = {  # objective, its options, learning rate, rounds, own answers, momentum, replay, reference
+    "iterative-dpo": ("dpo", {"beta": 0.1, "smoothing": 0.1}, 5e-7, 3, 4, 0, (), "start"),
+    "sppo": ("sppo", {"beta": 0.001}, 5e-7, 3, 5, 0, (), "start"),
+    "apo": ("dpo", {"beta": 0.1}, 5e-7, 3, 5, 0.3, (), "start"),
+    "ilr-dpo": ("rdpo", {"beta": 0.1, "alpha": 0.02}, 5e-7, 3, 8, 0, (), "start"),
+    "dno": ("dpo", {"beta": 0.1}, 5e-7, 3, 5, 0, (0.3, 0.15), "start"),
+    "selm": ("selm", {"beta": 0.01, "alpha": 0.001}, 5e-7, 4, 1, 0, (), "start"),
+    "inpo": ("inpo", {"eta": 0.005, "ratio": 1 / 3}, 5e-7, 3, 8, 0, (), "first"),
+}
+
+
+def test_every_recipe_of_rounds_is_listed() -> None:
+    assert {file.stem for file in FILES if load(file).rounds is not None} == ROUNDS.keys()
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounds(name: str) -> None:
+    recipe = load(FOLDER / f"{name}.yaml")
+    rounds, preference, own = recipe.rounds, recipe.train.preference, recipe.target_source
+    assert rounds is not None and preference is not None and own is not None
+    chosen = (preference.objective, preference.options, preference.learning_rate)
+    assert (*chosen, rounds.number, own.samples, rounds.momentum, rounds.replay, rounds.reference) == ROUNDS[name]
+    problems: list[str] = []
+    objective_of(preference, problems)
+    assert problems == []
+    second = round_of(recipe, 2)
+    assert second.target == str(FOLDER / name / "round-1" / ("momentum" if rounds.momentum else "train/preference"))
+    assert second.train.preference is not None
+    assert second.train.preference.reference == (recipe.target if rounds.reference == "first" else None)
+
+
+def test_dno_filters() -> None:
+    pairs = load(FOLDER / "dno.yaml").pairs
+    assert (pairs.chosen_score, pairs.gap, pairs.gap_own, pairs.answers) == (5, (2, None), (1, None), "all")

@@ -45,6 +45,23 @@ def test_two_processes_are_as_good_as_one(tmp_path):
     two.check_alike()
 
 
+def judged(folder: Path) -> None:
+    """Every other SFT row has a judgment."""
+    path = folder / "pairs" / "sft.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | ({"judgment": "one is helpful"} if number % 2 else {}) for number, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_two_processes_judge_and_doubt_as_one_does(tmp_path):
+    """CUT, then SPA with the confidences of both processes, another model as reference and its logits mixed in."""
+    options = {"window": 8, "quantile": 0.5, "smoothing": 0.4, "beta": 2.0, "mix": 2.0}
+    preference = {"objective": "spa", "options": options, "reference": str(tmp_path / "target"), "eval": 4}
+    two = Two(tmp_path, judged, sft={"unlikelihood": {}}, preference=preference)
+    two.launch({})
+    two.check_alike()
+
+
 def taught(folder: Path) -> None:
     """What the target and a model of other tokens say of a folder's rows."""
     for name, model in (("pivot", "target"), ("other", "other")):

@@ -62,10 +62,12 @@ class Example:
     chosen: tuple[Given, ...] = ()
     rejected: tuple[Given, ...] = ()
     answers: tuple[Given, ...] = ()  # that nobody has compared
+    own: Given | None = None  # beside chosen and rejected ones, the model's own (``own``)
+    judgment: str = ""  # of the answer: what is wrong with it (``judgment``)
 
     @property
     def all(self) -> tuple[Given, ...]:
-        """All answers."""
+        """All answers, but for the model's own."""
         return (*self.chosen, *self.rejected, *self.answers)
 
 
@@ -78,9 +80,12 @@ def example_of(row: Mapping[str, Any], domain: str = "") -> Example:
     has = {name for name, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= has:
         messages, chosen, rejected = _preference(row, has)
-        return Example(_prompt(row, messages, domain), chosen, rejected)
+        own = row.get("own")
+        given = None if own is None else _own(own) if isinstance(own, Mapping) else Given(_text(own, "'own'"))
+        return Example(_prompt(row, messages, domain), chosen, rejected, own=given)
     messages, answers = _answers(row, has)
-    return Example(_prompt(row, messages, domain), answers=answers)
+    judgment = _text(row["judgment"], "'judgment'") if "judgment" in has else ""
+    return Example(_prompt(row, messages, domain), answers=answers, judgment=judgment)
 
 
 def _answers(row: Mapping[str, Any], has: set[str]) -> tuple[tuple[Message, ...], tuple[Given, ...]]:
@@ -234,7 +239,7 @@ def _answer(given: object) -> Given:
 
 def _own(given: Mapping[str, Any]) -> Given:
     return Given(
-        _text(given["text"], "an answer"),
+        _text(given.get("text"), "an answer"),
         model=str(given.get("source") or ""),
         score=_number(given.get("score")),
         ended=given.get("cut") is not True,

@@ -77,8 +77,10 @@ def _verdict(prompt: Prompt, given: GivenAnswer) -> dict[str, Any]:
     return {"prompt": answer.prompt, "index": answer.index, "score": given.score, "why": "", "judged": judged}
 
 
-def import_rows(root: Folder, rows: GivenRows, reporter: Reporter) -> dict[str, AnswerCounts]:
+def import_rows(root: Folder, rows: GivenRows, reporter: Reporter, own: bool = False) -> dict[str, AnswerCounts]:
     """Write the rows that are given to ``pairs/``, and their prompts to ``prompts.jsonl``; return counts by role.
+
+    With ``own``, preference rows without the model's own answer are left out.
 
     Raises:
         UsageError: data can't be read, or have no row to train on.
@@ -89,7 +91,7 @@ def import_rows(root: Folder, rows: GivenRows, reporter: Reporter) -> dict[str, 
             root.pairs(name).unlink(missing_ok=True)  # left by another recipe
             continue
         left = Left()
-        found = list(_rows(name, origins, left, loaded))
+        found = list(_rows(name, origins, left, loaded, own))
         left.tell(name, reporter)
         if not found:
             why = [f"{number:,} rows: {why}" for why, number in left.counts.items()]
@@ -102,11 +104,11 @@ def import_rows(root: Folder, rows: GivenRows, reporter: Reporter) -> dict[str, 
     return counts_by_role(written)
 
 
-def _rows(name: str, origins: Iterable[Data], left: Left, loaded: LoadedPrompts) -> Iterator[dict[str, Any]]:
+def _rows(name: str, origins: Iterable[Data], left: Left, loaded: LoadedPrompts, own: bool) -> Iterator[dict[str, Any]]:
     for origin in origins:
         for example, place in examples(origin, left.problems):
             try:
-                row = _sft_row(example, place) if name == "sft" else _preference_row(example, place)
+                row = _sft_row(example, place) if name == "sft" else _preference_row(example, place, own)
             except ValueError as error:
                 left.problems.append(f"{place}: {error}")
                 continue
@@ -126,16 +128,18 @@ def _sft_row(example: Example, place: str) -> dict[str, Any] | str:
     (answer, *_) = (*example.chosen, *example.answers)
     if not answer.text.strip():
         return "blank"
-    cut = {"cut": True} if answer.cut else {}
     score: dict[str, Any] = {"score": answer.score, "scores": {}}
     rest = {"source": answer.model or "given", "index": 0, **score, "rule": "given", "why": place}
-    return {**_question(example), "response": answer.text, **cut, **rest}
+    judgment = {"judgment": example.judgment} if example.judgment.strip() else {}
+    return {**_question(example), "response": answer.text, **_cut(answer), **rest, **judgment}
 
 
-def _preference_row(example: Example, place: str) -> dict[str, Any] | str:
+def _preference_row(example: Example, place: str, needs_own: bool) -> dict[str, Any] | str:
     """Return the row, or why there is none. Of several chosen answers the last is the target's, as WRPO has them."""
     if not example.chosen:
         raise ValueError("no 'chosen' and 'rejected': scored answers are given as a source's `answers`, and rules pair")
+    if needs_own and example.own is None:
+        raise ValueError("no 'own', the model's own answer, which the objective needs")
     if any(not given.text.strip() for given in example.all):
         return "blank"
     if {given.text for given in example.chosen} & {given.text for given in example.rejected}:
@@ -143,6 +147,7 @@ def _preference_row(example: Example, place: str) -> dict[str, Any] | str:
     own = "target" if len(example.chosen) > 1 else "source"
     roles = [*["source"] * (len(example.chosen) - 1), own]
     best, worst = example.chosen[-1].score, example.rejected[0].score
+    beside = {} if example.own is None else {"own": {"text": example.own.text, **_cut(example.own)}}
     return {
         **_question(example),
         "chosen": [_response(given, role) for given, role in zip(example.chosen, roles, strict=True)],
@@ -150,13 +155,17 @@ def _preference_row(example: Example, place: str) -> dict[str, Any] | str:
         "gap": None if best is None or worst is None else round(best - worst, DIGITS),
         "rule": "given",
         "why": place,
+        **beside,
     }
 
 
 def _response(given: Given, role: str) -> dict[str, Any]:
-    cut = {"cut": True} if given.cut else {}
     rest = {"source": given.model or "given", "index": 0, "score": given.score, "scores": {}}
-    return {"text": given.text, **cut, **rest, "role": given.role or role}
+    return {"text": given.text, **_cut(given), **rest, "role": given.role or role}
+
+
+def _cut(given: Given) -> dict[str, bool]:
+    return {"cut": True} if given.cut else {}
 
 
 def _question(example: Example) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class OnPolicyStage(TrainingStage):
     def _settle(self, reporter: Reporter) -> None:
         """Write the recipe's prompts to its folder, unless they are there."""
         if not Folder(self.recipe.folder).prompts.exists():
-            self._together(lambda: _settled(self.recipe, reporter))
+            self.together(lambda: _settled(self.recipe, reporter))
         wait_for_everyone()
 
     def _prompts(self, template: ChatTemplate, reporter: Reporter) -> tuple[list[Prompt], dict[str, array[int]]]:
@@ -247,7 +247,7 @@ class OnPolicyStage(TrainingStage):
                 write_model(saved, self.start, self.training, folder)
                 leave_drawing_to_requests(folder)
 
-            self._together(finish)
+            self.together(finish)
 
         def ask(folder: str) -> AbstractContextManager[Respondent]:
             changes = {"sampling": self.own.sampling, "name": STAGE}

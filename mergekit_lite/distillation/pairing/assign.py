@@ -22,6 +22,8 @@ from mergekit_lite.distillation.rules import (
     Refusal,
     admitted,
     best,
+    by_chosen,
+    chosen_from,
     gap_between,
     rip,
 )
@@ -130,7 +132,10 @@ def floor_share(share: float, number: int) -> int:
 
 def _pairs(pairing: Pairing, prompts: Mapping[str, Answers], seed: int) -> dict[str, PreferencePair | Refusal]:
     offers = {prompt: _offers(pairing, prompt, answers, seed) for prompt, answers in prompts.items()}
-    filters = [_gap_filter(pairing, offers.values()), rip(**pairing.rip)]
+    gap = _gap_filter(pairing, offers.values())
+    if pairing.gap_own is not None:
+        gap = by_chosen(gap, gap_between(*pairing.gap_own))
+    filters = [gap, chosen_from(pairing.chosen_score), rip(**pairing.rip)]
     return {prompt: admitted(offered, filters) for prompt, offered in offers.items()}
 
 

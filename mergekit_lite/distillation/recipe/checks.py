@@ -12,10 +12,12 @@ from mergekit_lite.distillation.recipe.problems import (
     KeyPath,
     Problem,
     clashing_names,
+    not_named,
     one_origin,
     wrong_sampling,
     wrong_urls,
 )
+from mergekit_lite.distillation.recipe.rounds import rounds_problems
 from mergekit_lite.distillation.recipe.schema import (
     TARGET,
     TARGET_RULES,
@@ -60,6 +62,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
     yield from _given_scores(recipe)
     yield from _target_source(recipe)
+    yield from rounds_problems(recipe)
     yield from _report(recipe)
 
 
@@ -100,7 +103,9 @@ def unknown_domains(recipe: Recipe, domains: Iterable[str]) -> None:
 
 def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
     """Yield the sections that are missing. On-policy training alone needs prompts, and nobody's answers to them."""
-    needed = ("prompts", "sources", "scorers", "pairs") if recipe.train.reads_rows else ("prompts",)
+    needed = ["prompts", "sources", "scorers", "pairs"] if recipe.train.reads_rows else ["prompts"]
+    if "sources" in needed and not any(recipe.pairs.of(domain).reads_sources for domain in ("", *recipe.pairs.domains)):
+        needed.remove("sources")  # all pairs are of the target's own answers
     for key in needed:
         given = key == "prompts" and any(source.answers for source in recipe.sources)
         if key not in recipe.model_fields_set and not given:
@@ -113,6 +118,11 @@ def _report(recipe: Recipe) -> Iterator[Problem]:
     yield from wrong_sampling(("report", "sampling"), recipe.report.sampling)
     for number, prompts in enumerate(recipe.report.prompts):
         yield from one_origin(("report", "prompts", number), prompts)
+    rounds = recipe.rounds and [f"round-{number}" for number in range(1, recipe.rounds.number + 1)]
+    models = ["untrained", *(rounds or Train.model_fields)]
+    for name in recipe.report.servers:
+        if name not in models:
+            yield Problem(("report", "servers", name), not_named(name, models, "model"))
     kinds = {scorer.name: scorer.kind for scorer in recipe.scorers}
     for number, name in enumerate(recipe.report.scores or ()):
         if name not in kinds:
@@ -241,8 +251,8 @@ def _pairing(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]
         yield from _rule_options(pairing, at)
     if pairing.gap != (None, None) and pairing.gap_quantiles is not None:
         yield Problem((*at, "gap_quantiles"), "gap and gap_quantiles are two ways to say the same: give one")
-    for key, bounds in (("gap", pairing.gap), ("gap_quantiles", pairing.gap_quantiles or (None, None))):
-        least, most = bounds
+    for key in ("gap", "gap_quantiles", "gap_own"):
+        least, most = getattr(pairing, key) or (None, None)
         if least is not None and most is not None and least > most:
             yield Problem((*at, key), f"the least is {least:g}, more than the most, {most:g}")
     if pairing.needs_target:
@@ -252,6 +262,8 @@ def _pairing(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]
         if pairing.split == "availability":
             text = "the target answers after its SFT, so the split can't wait for its pairs: use share"
             yield Problem((*at, "split"), text)
+    if pairing.gap_own is not None and not pairing.needs_target:
+        yield Problem((*at, "gap_own"), "'gap_own' has no effect here: the target's own answers are in no pair")
     if pairing.answers != "sources" and pairing.rule in ("fusechat3", *TARGET_RULES):
         yield Problem((*at, "answers"), f"{pairing.rule} says itself whose answers it pairs: leave it out")
 

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.distillation.recipe.checks import contradictions
 from mergekit_lite.distillation.recipe.problems import KeyPath
-from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, RecipeSource
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, RecipeSource, Train
 from mergekit_lite.errors import nearest
 from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read, text_of
 
@@ -55,6 +55,8 @@ def parse(content: str, source: str, folder: Path) -> Recipe:
     target_source = data.get("target_source")
     if isinstance(target_source, dict):  # users leave its name and model out
         data["target_source"] = {"name": TARGET, "model": TARGET, **target_source}
+    if isinstance(data.get("rounds"), int | float):
+        data["rounds"] = {"number": data["rounds"]}
     try:
         # From JSON, as strict validation of Python objects takes no list for a tuple and no text for a path.
         recipe = Recipe.model_validate_json(json.dumps(data), strict=True)
@@ -178,8 +180,16 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
                 teacher.model_copy(update={"model": _model(teacher.model, folder)}) for teacher in recipe.teachers
             ),
             "report": report,
+            "train": _train(recipe.train, folder),
         }
     )
+
+
+def _train(train: Train, folder: Path) -> Train:
+    if train.preference is None or train.preference.reference is None:
+        return train
+    reference = _model(train.preference.reference, folder)
+    return train.model_copy(update={"preference": train.preference.model_copy(update={"reference": reference})})
 
 
 def _data(data: tuple[D, ...], folder: Path) -> tuple[D, ...]:

@@ -67,6 +67,7 @@ class RecipeSource(Strict):
     samples_for: dict[str, Count] = {}  # overrides by domain
     domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
     sampling: Sampling = Sampling()
+    seed: int | None = None  # of its answers; the recipe's by default
     system: str | None = None  # a system prompt put before messages that have none of their own
     thoughts: Thoughts = "keep"  # of its answers, for training; only: leave out answers without
 
@@ -122,6 +123,8 @@ class PairingRules(Strict):
     cut: Literal["drop", "keep"] = "drop"  # of chosen answers and SFT: those that the limit of tokens cut
     gap: tuple[float | None, float | None] = (None, None)  # least and most difference of scores in a pair
     gap_quantiles: tuple[Share, Share] | None = None  # the same as quantiles of all gaps of the domain
+    gap_own: tuple[float | None, float | None] | None = None  # instead, where the chosen answer is the target's own
+    chosen_score: float | None = None  # the least score of a chosen answer
     split: Literal["share", "availability"] = "share"  # availability: every pair is a preference row, the rest SFT
     sft_share: Share = 0.4  # with split share: of the prompts, rounded down
     rip: dict[Literal["rejected_score", "rejected_length", "gap"], float] = {}  # RIP's three thresholds
@@ -151,6 +154,11 @@ class Pairing(PairingRules):
         if self.rule == "as_is" or (self.split == "share" and self.sft_share == 1):
             return False
         return self.rule in TARGET_RULES or (self.rule != "fusechat3" and self.answers != "sources")
+
+    @property
+    def reads_sources(self) -> bool:
+        """Whether rows may be made of sources' answers."""
+        return not self.needs_target or self.sft_share > 0 or self.rule in TARGET_RULES or self.answers != "target"
 
     def of(self, domain: str) -> Pairing:
         """Return the pairing of one domain, without further overrides.
@@ -212,11 +220,33 @@ class Training(Strict):
     trainer: dict[str, Any] = {}
 
 
+class Noise(Strict):
+    """Noise on the embeddings of tokens in training."""
+
+    kind: Literal["neftune", "symnoise"] = "neftune"
+    alpha: Annotated[float, Field(gt=0)] = 5
+
+
+class Unlikelihood(Strict):
+    """CUT: tokens that a judgment speaks of are made unlikely."""
+
+    threshold: Annotated[float, Field(gt=0)] = 1.1  # τ, of a token's probability with the judgment over that without
+    weight: Annotated[float, Field(ge=0)] = 1.0  # of the tokens above it
+
+
+class Sft(Training):
+    """Training on answers to imitate."""
+
+    noise: Noise | None = None
+    unlikelihood: Unlikelihood | None = None  # for rows with a judgment of their answer
+
+
 class Preference(Training):
     """Preference training by one of ``OBJECTIVES``."""
 
     objective: str
     options: dict[str, Any] = {}  # keyword arguments of the objective: beta, alpha, schedule, smoothing …
+    reference: str | None = None  # the model of s_ref, a folder or a name; by default the one that training starts from
 
 
 class Pairwise(Strict):
@@ -262,7 +292,7 @@ class OnPolicy(Training):
 class Train(Strict):
     """The trainings in their order, each from what the one before it made; any may be left out, but not all."""
 
-    sft: Training | None = None
+    sft: Sft | None = None
     fuse: Fuse | None = None
     on_policy: OnPolicy | None = None
     preference: Preference | None = None
@@ -284,6 +314,16 @@ class Train(Strict):
         return next((name for name in reversed(self.stages) if name != "preference"), None)
 
 
+class Rounds(Strict):
+    """The distillation again and again, each time from the model that the last time made."""
+
+    number: Count
+    prompts: Literal["split", "reuse"] = "split"  # split: each round has its own part of them; reuse: all in each
+    reference: Literal["start", "first"] = "start"  # of preference training: what it starts from, or the first model
+    momentum: Annotated[float, Field(ge=0)] = 0  # of the step from the last round's trained model to this one's
+    replay: tuple[Share, ...] = ()  # of the rows of the last round, of the one before it, …, trained on again
+
+
 class ReportSettings(Strict):
     """What the models are compared on: the target before training, and after each training."""
 
@@ -291,7 +331,7 @@ class ReportSettings(Strict):
     samples: Count = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
-    servers: dict[Literal["untrained", "sft", "fuse", "on_policy", "preference"], str | tuple[str, ...]] = {}  # of each
+    servers: dict[str, str | tuple[str, ...]] = {}  # of untrained, sft, fuse, on_policy, preference, or of round-1 …
     examples: Count = 4  # prompts whose answers are shown side by side
 
 
@@ -301,6 +341,7 @@ class Recipe(Strict):
     folder: Path  # of everything it makes
     seed: int = 0
     target: str  # the model to train
+    rounds: Rounds | None = None  # in a file the number alone may stand for the section
     rows: GivenRows | None = None  # to train on; then there are no prompts, sources, scorers and pairs
     prompts: tuple[Prompts, ...] = ()  # those of the given answers by default
     sources: tuple[RecipeSource, ...] = ()
@@ -310,3 +351,16 @@ class Recipe(Strict):
     teachers: tuple[RecipeTeacher, ...] = ()  # for ``train.fuse`` and ``train.on_policy``
     train: Train
     report: ReportSettings = ReportSettings()
+
+
+class RoundRecipe(Recipe):
+    """The recipe of one round, which ``rounds.py`` makes of the whole: no file has one."""
+
+    whole: Recipe
+    number: Count  # of the round
+
+    @property
+    def settings(self) -> Rounds:
+        """How the rounds are."""
+        assert self.rounds is not None
+        return self.rounds

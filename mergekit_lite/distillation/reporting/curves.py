@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import read_rows
-from mergekit_lite.distillation.reporting.held_out import LENGTH, MODELS, HeldOutComparison
+from mergekit_lite.distillation.reporting.held_out import LENGTH, UNTRAINED, HeldOutComparison
 from mergekit_lite.errors import shortened
 from mergekit_lite.pages.drawing import COLOURS
 
@@ -119,14 +120,23 @@ class Picture:
 
 
 def kind_of(stage: str) -> str:
-    """Return the training that a log is of: each student of FuseChat's is fused."""
-    return "fuse" if stage.startswith("fuse-") else stage
+    """Return the training that a log is of, in any round: each student of FuseChat's is fused."""
+    _, name = _parted(stage)
+    return "fuse" if name.startswith("fuse-") else name
 
 
 def name_of(stage: str) -> str:
     """Return a training's name for readers."""
-    student = stage.removeprefix("fuse-") if stage != kind_of(stage) else ""
-    return KINDS[kind_of(stage)] + (f": the student of {student}" if student else "")
+    number, name = _parted(stage)
+    student = name.removeprefix("fuse-") if name != kind_of(stage) else ""
+    of_round = f", round {number}" if number else ""
+    return KINDS[kind_of(stage)] + of_round + (f": the student of {student}" if student else "")
+
+
+def _parted(stage: str) -> tuple[str, str]:
+    """Return the number of the round, or an empty text, and the training."""
+    number, name = re.fullmatch(r"(?:round-(\d+)-)?(.+)", stage).groups("")  # type: ignore[union-attr]  # all match
+    return number, name
 
 
 def read_log(path: Path) -> Log:
@@ -201,8 +211,7 @@ def held_out(comparison: HeldOutComparison) -> Picture:
     def draw(figure: FigureBase) -> None:
         grid = figure.subplots(len(metrics), 2, squeeze=False)
         for row, name in zip(grid, metrics, strict=True):
-            models = [model for model in MODELS if model in comparison.answers]
-            means = {str(model): comparison.mean(model, name) for model in models}
+            means = {model: comparison.mean(model, name) for model in comparison.answers}
             _intervals(row[0], means, COLOURS)
             row[0].set_title(f"{shortened(name, 24)}: mean", fontsize=10, parse_math=False)
             differences = {
@@ -217,6 +226,32 @@ def held_out(comparison: HeldOutComparison) -> Picture:
                 axes.set_xlabel("characters" if name == LENGTH else "score", fontsize=8)
 
     return Picture("held-out.png", "Held-out prompts, with 95 % intervals", 0.4 + 1.65 * len(metrics), draw)
+
+
+def rounds(comparison: HeldOutComparison) -> Picture:
+    """Return the means of each metric over the rounds, with 95 % intervals; 0 is the target as it was."""
+    metrics = [*comparison.scorers, LENGTH]
+
+    def draw(figure: FigureBase) -> None:
+        grid = figure.subplots(len(metrics), 1, squeeze=False)
+        numbers = [0 if model == UNTRAINED else int(model.removeprefix("round-")) for model in comparison.answers]
+        for axes, metric in zip(grid.flat, metrics, strict=True):
+            found = zip(numbers, (comparison.mean(model, metric) for model in comparison.answers), strict=True)
+            points = [(number, each) for number, each in found if math.isfinite(each.mean)]
+            ends = [(each.mean - each.low, each.high - each.mean) for _, each in points]
+            spread = np.array([end if np.isfinite(end).all() else (0, 0) for end in ends]).reshape(-1, 2).T
+            means = [each.mean for _, each in points]
+            axes.errorbar([number for number, _ in points], means, spread, marker="o", capsize=3, color=COLOURS[0])
+            axes.set_title(shortened(metric, 40), fontsize=10, parse_math=False)
+            axes.set_xticks(numbers)
+            axes.set_xlabel("round; 0 is the target as it was", fontsize=8)
+            axes.set_ylabel("characters" if metric == LENGTH else "score", fontsize=8)
+            axes.tick_params(labelsize=8)
+            axes.grid(alpha=0.3)
+
+    return Picture(
+        "rounds.png", "Held-out prompts over the rounds, with 95 % intervals", 0.4 + 2.1 * len(metrics), draw
+    )
 
 
 def _intervals(axes: Axes, named: Mapping[str, Interval], colours: Sequence[str]) -> None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_lite.answers.intervals import Interval
+from mergekit_lite.answers.rows import read_rows
 from mergekit_lite.answers.traits import Reasons
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
 from mergekit_lite.distillation.reporting import curves
 from mergekit_lite.distillation.reporting.curves import Log, Picture
-from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, HeldOutComparison, Model
+from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, UNTRAINED, HeldOutComparison
+from mergekit_lite.distillation.rounds import all_rounds, is_done, trained_in
 from mergekit_lite.distillation.training.held_out import Choice
 from mergekit_lite.errors import counted
 from mergekit_lite.input_files import read_json
 
-NAMES: Mapping[Model, str] = {
-    "untrained": "the target as it was",
+NAMES = {
+    UNTRAINED: "the target as it was",
     "sft": "the SFT model",
     "fuse": "the fused model",
     "on_policy": "the on-policy model",
@@ -41,6 +43,15 @@ CAN_NOT_TELL = (
 )
 
 
+class RoundFigures(NamedTuple):
+    """What one round had."""
+
+    round: int
+    prompts: int
+    rows: int  # of its last training, with those of earlier rounds
+    steps: int
+
+
 @dataclass(frozen=True)
 class Findings:
     """All results that the report shows.
@@ -51,6 +62,7 @@ class Findings:
         table: the table of the pair stage, from its JSON file.
         comparison: of the models on held-out prompts; None without such prompts.
         choices: by training, which checkpoint was published and why, of those where it was chosen.
+        rounds: what each finished round had; none without rounds.
     """
 
     recipe: Recipe
@@ -58,11 +70,14 @@ class Findings:
     table: Mapping[str, Any] | None
     comparison: HeldOutComparison | None
     choices: Mapping[str, str] = field(default_factory=dict)
+    rounds: Sequence[RoundFigures] = ()
 
     @property
     def pictures(self) -> list[Picture]:
         """The pictures that there are figures for."""
         drawn = [curves.held_out(self.comparison)] if self.comparison is not None else []
+        if self.comparison is not None and self.rounds:
+            drawn.append(curves.rounds(self.comparison))
         trained = (curves.training(stage, log) for stage, log in self.logs.items())
         return [*drawn, *(picture for picture in trained if picture is not None)]
 
@@ -88,24 +103,45 @@ class Findings:
                 if log
             },
             "published": dict(self.choices),
+            "rounds": [each._asdict() for each in self.rounds],
         }
 
 
 def gather(recipe: Recipe, comparison: HeldOutComparison | None) -> Findings:
     """Read the logs and the table in a recipe's folder."""
-    folder = Folder(recipe.folder)
-    stages = trainings(recipe)
-    logs = {stage: curves.read_log(folder.trained(stage) / "log.jsonl") for stage in stages}
-    path = folder.root / "pairs" / "table.json"
+    folders = trained_folders(recipe)
+    logs = {stage: curves.read_log(folder / "log.jsonl") for stage, folder in folders.items()}
+    path = recipe.folder / "pairs" / "table.json"
     table = read_json(path) if path.exists() else None
-    chosen = {stage: _choice(folder.trained(stage) / "training.json") for stage in stages}
+    chosen = {stage: _choice(folder / "training.json") for stage, folder in folders.items()}
     return Findings(
         recipe,
         {stage: log for stage, log in logs.items() if log},
         table,
         comparison,
         {stage: choice for stage, choice in chosen.items() if choice},
+        [_round(each) for each in all_rounds(recipe) if is_done(each)],
     )
+
+
+def trained_folders(recipe: Recipe) -> dict[str, Path]:
+    """Return the folders of the models that are trained, by training: with rounds ``round-1-sft`` and so on."""
+    stages = trainings(recipe)
+    if recipe.rounds is None:
+        return {stage: Folder(recipe.folder).trained(stage) for stage in stages}
+    rounds = all_rounds(recipe)
+    return {f"{each.folder.name}-{stage}": Folder(each.folder).trained(stage) for each in rounds for stage in stages}
+
+
+def _round(recipe: RoundRecipe) -> RoundFigures:
+    prompts = sum(1 for _ in read_rows(Folder(recipe.folder).prompts, []))
+    record = read_json(trained_in(recipe) / "training.json")
+    return RoundFigures(recipe.number, prompts, record["rows"].get("kept", 0), record.get("steps", 0))
+
+
+def model_name(model: str) -> str:
+    """Return a model's name in sentences."""
+    return NAMES.get(model) or f"the model of {model.replace('-', ' ')}"
 
 
 def trainings(recipe: Recipe) -> list[str]:
@@ -158,12 +194,12 @@ def _of_comparison(comparison: HeldOutComparison | None) -> Iterator[str]:
     for model, length in lengths.items():
         if model != first and before > 0 and not 1 / LONGER < length / before < LONGER:
             yield (
-                f"The answers of {NAMES[model]} have {length / before:.2f} times the length of those of "
-                f"{NAMES[first]} ({length:,.0f} and {before:,.0f} characters)."
+                f"The answers of {model_name(model)} have {length / before:.2f} times the length of those of "
+                f"{model_name(first)} ({length:,.0f} and {before:,.0f} characters)."
             )
     cut = {model: comparison.mean(model, CUT).mean for model in comparison.answers}
     if max(cut.values()) > MANY_CUT:
-        shares = ", ".join(f"{100 * share:.1f} % of {NAMES[model]}" for model, share in cut.items())
+        shares = ", ".join(f"{100 * share:.1f} % of {model_name(model)}" for model, share in cut.items())
         yield f"Of the answers the limit of tokens cut off {shares}."
 
 
@@ -179,12 +215,12 @@ def _winner(comparison: HeldOutComparison, scorer: str) -> Iterator[str]:
         if other != best:
             ahead = comparison.difference(best, other, scorer)
             noise = "beyond noise" if ahead.above else "within noise"
-            parts.append(f"{with_ends(ahead, signed=True)} against {NAMES[other]} ({noise})")
-    yield f"By {scorer}, {NAMES[best]} is first: {', '.join(parts)}."
+            parts.append(f"{with_ends(ahead, signed=True)} against {model_name(other)} ({noise})")
+    yield f"By {scorer}, {model_name(best)} is first: {', '.join(parts)}."
 
 
 def _of_training(logs: Mapping[str, Log]) -> Iterator[str]:
-    log = logs.get("preference", ())
+    log = next((logs[stage] for stage in reversed([*logs]) if curves.kind_of(stage) == "preference"), ())
     last = log[-max(1, len(log) // 10) :]  # a single step has few rows
 
     def final(figure: str) -> float | None:

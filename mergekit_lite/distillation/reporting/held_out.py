@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
@@ -25,15 +25,15 @@ from mergekit_lite.answers.thoughts import is_cut, parts_of
 from mergekit_lite.answers.traits import Compared, Reasons, preferred, reasons
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
-from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeSource
+from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeSource, Train
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rounds import all_rounds, made_by
 from mergekit_lite.distillation.sample import sample
 from mergekit_lite.distillation.score import score
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 from mergekit_lite.input_files import read_json
 
-Model = Literal["untrained", "sft", "fuse", "on_policy", "preference"]
-MODELS: tuple[Model, ...] = ("untrained", "sft", "fuse", "on_policy", "preference")
+UNTRAINED = "untrained"
 OWN = {"system", "batch_size", "device", "dtype", "serve", "serve_patience", "concurrency", "timeout", "retries"}
 OWN |= {"engine", "engine_options"}  # what the models have of ``target_source``
 LENGTH, CUT = "characters", "cut off"  # metrics besides the scorers' names
@@ -53,8 +53,8 @@ class ModelAnswers:
 class Difference:
     """The difference of a metric between a model and an earlier one, paired by prompt."""
 
-    after: Model
-    before: Model
+    after: str
+    before: str
     metric: str
     interval: Interval
 
@@ -66,13 +66,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class HeldOutComparison:
-    """The answers of all models to the held-out prompts."""
+    """The answers of all models to the held-out prompts: the untrained one's first, then in the order of training."""
 
     prompts: Sequence[Prompt]
     scorers: Sequence[str]
-    answers: Mapping[Model, ModelAnswers]
+    answers: Mapping[str, ModelAnswers]
 
-    def mean(self, model: Model, metric: str, domain: str | None = None) -> Interval:
+    def mean(self, model: str, metric: str, domain: str | None = None) -> Interval:
         """Return the mean of a metric over the prompts that have it, with its 95 % interval.
 
         The metric is a scorer's name, ``LENGTH`` or ``CUT``; ``domain`` limits the prompts.
@@ -84,7 +84,7 @@ class HeldOutComparison:
     @cached_property
     def differences(self) -> list[Difference]:
         """Each model against each earlier one, by metric; the longest step of training first."""
-        models = [model for model in MODELS if model in self.answers]
+        models = list(self.answers)
         gaps = range(len(models) - 1, 0, -1)
         steps = [(after, before) for gap in gaps for before, after in zip(models, models[gap:], strict=False)]
         return [
@@ -93,18 +93,18 @@ class HeldOutComparison:
             for after, before in steps
         ]
 
-    def difference(self, model: Model, other: Model, metric: str) -> Interval:
+    def difference(self, model: str, other: str, metric: str) -> Interval:
         """Return the mean of model − other, paired by prompt, with its 95 % interval."""
         return difference(self._by_prompt(model, metric), self._by_prompt(other, metric))
 
     @cached_property
     def reasons(self) -> dict[str, Reasons]:
         """Why the last model's answers are preferred to the first's, or aren't, by scorer; empty for few prompts."""
-        first, *_, last = [model for model in MODELS if model in self.answers]
+        first, *_, last = self.answers
         found = {scorer: reasons(self._compared(last, first, scorer)) for scorer in self.scorers}
         return {scorer: why for scorer, why in found.items() if why is not None}
 
-    def _compared(self, model: Model, other: Model, scorer: str) -> list[Compared]:
+    def _compared(self, model: str, other: str, scorer: str) -> list[Compared]:
         ours, theirs = self._by_prompt(model, scorer), self._by_prompt(other, scorer)
         texts, others = self.answers[model].texts, self.answers[other].texts
         return [
@@ -124,7 +124,7 @@ class HeldOutComparison:
         """Return prompts drawn at random, so that nobody chose them."""
         return sorted(self.prompts, key=lambda prompt: seed_of(seed, "examples", prompt.id))[:number]
 
-    def _by_prompt(self, model: Model, metric: str) -> Mapping[str, float | None]:
+    def _by_prompt(self, model: str, metric: str) -> Mapping[str, float | None]:
         return self.answers[model].metrics.get(metric, {})
 
 
@@ -147,20 +147,21 @@ def compare(recipe: Recipe, reporter: Reporter) -> HeldOutComparison | None:
     return HeldOutComparison(prompts, [*scorers], {model: _model_answers(folder, model, scorers) for model in models})
 
 
-def existing_models(recipe: Recipe) -> dict[Model, str]:
-    """Return the models that can answer: the target, and the trained models that exist so far.
+def existing_models(recipe: Recipe) -> dict[str, str]:
+    """Return the models that can answer: the target, and the trained models that exist so far, or those of rounds.
 
     Raises:
         UsageError: nothing was trained yet.
     """
-    folder = Folder(recipe.folder)
-    trained: dict[Model, Path] = {name: folder.trained(name) for name in MODELS[1:]}
-    finished: dict[Model, str] = {name: str(path) for name, path in trained.items() if (path / "config.json").exists()}
+    if recipe.rounds is None:
+        made = {name: Folder(recipe.folder).trained(name) for name in Train.model_fields}
+    else:
+        made = {each.folder.name: made_by(each) for each in all_rounds(recipe)}
+    finished = {name: str(path) for name, path in made.items() if (path / "config.json").exists()}
     if not finished:
-        raise UsageError(
-            f"There is no trained model in {folder.root / 'train'} to report on: run the stage train first."
-        )
-    return {"untrained": recipe.target, **finished}
+        folders = " or ".join(dict.fromkeys(str(path.parent) for path in made.values()))
+        raise UsageError(f"There is no trained model in {folders} to report on: run the stage train first.")
+    return {UNTRAINED: recipe.target, **finished}
 
 
 def _held_out(recipe: Recipe) -> list[Prompt]:
@@ -186,7 +187,7 @@ def _question(messages: Iterable[Message]) -> str:
     return xxh3_64_hexdigest(json.dumps(plain).encode())
 
 
-def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[str]) -> Recipe:
+def _as_distillation(recipe: Recipe, models: Mapping[str, str], domains: set[str]) -> Recipe:
     """Return the recipe of the inner distillation: the models as sources, and the scorers that judge its domains."""
     wanted = recipe.report.scores
     scorers = [
@@ -199,6 +200,7 @@ def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[s
     return recipe.model_copy(
         update={
             "folder": recipe.folder / "report",
+            "rounds": None,
             "rows": None,
             "prompts": recipe.report.prompts,
             "sources": tuple(_source(recipe, name, model) for name, model in models.items()),
@@ -209,7 +211,7 @@ def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[s
     )
 
 
-def _source(recipe: Recipe, name: Model, model: str) -> RecipeSource:
+def _source(recipe: Recipe, name: str, model: str) -> RecipeSource:
     """Return a model as a source: behind a server that runs, or in the way of ``target_source``."""
     report, own = recipe.report, recipe.target_source
     common: dict[str, Any] = {"name": name, "samples": report.samples, "sampling": report.sampling}
@@ -219,7 +221,7 @@ def _source(recipe: Recipe, name: Model, model: str) -> RecipeSource:
     return RecipeSource(**common, model=model, **settings)
 
 
-def _discard_outdated(folder: Folder, models: Mapping[Model, str], reporter: Reporter) -> None:
+def _discard_outdated(folder: Folder, models: Mapping[str, str], reporter: Reporter) -> None:
     """Delete the answers of models that were trained again since, and their scores."""
     path = folder.root / "models.json"
     then = read_json(path) if path.exists() else {}
@@ -233,12 +235,12 @@ def _discard_outdated(folder: Folder, models: Mapping[Model, str], reporter: Rep
 
 
 def _identity(model: Path) -> str:
-    """Return a digest of a training's settings and log, whose figures no two runs share."""
-    files = [model / "training.json", model / "log.jsonl"]
+    """Return a digest of a training's settings and log, whose figures no two runs share, or of a merge's manifest."""
+    files = [model / name for name in ("training.json", "log.jsonl", "mergekit_lite_manifest.json")]
     return xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files if file.exists()))
 
 
-def _model_answers(folder: Folder, model: Model, scorers: Mapping[str, str]) -> ModelAnswers:
+def _model_answers(folder: Folder, model: str, scorers: Mapping[str, str]) -> ModelAnswers:
     """Read a model's answers and their scores.
 
     ``scorers`` are by the name that is shown: with a minus where lower is better, as such scores have the other sign,

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.traits import HEADS
+from mergekit_lite.distillation.recipe.schema import Rounds
 from mergekit_lite.distillation.reporting.curves import Picture, ends, name_of
-from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, NAMES, Findings, with_ends
-from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, HeldOutComparison, Model
+from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, Findings, RoundFigures, model_name, with_ends
+from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, UNTRAINED, HeldOutComparison
 from mergekit_lite.errors import counted, shortened
 from mergekit_lite.pages import html
 from mergekit_lite.pages.drawing import svg
@@ -57,7 +58,8 @@ def title(findings: Findings) -> str:
     """Return the report's title."""
     recipe = findings.recipe
     teachers = f" and {counted(len(recipe.teachers), 'teacher')}" if recipe.teachers else ""
-    return f"What {recipe.target} learnt from {len(recipe.sources)} sources{teachers}"
+    sources = counted(len(recipe.sources), "source") if recipe.sources else "its own answers"
+    return f"What {recipe.target} learnt from {sources}{teachers}"
 
 
 def blocks(findings: Findings) -> Iterator[Block]:
@@ -70,6 +72,8 @@ def blocks(findings: Findings) -> Iterator[Block]:
     pictures = {picture.name: picture for picture in findings.pictures}
     if findings.comparison is not None:
         yield from _held_out(findings.comparison, pictures["held-out.png"])
+        if findings.rounds:
+            yield from _over_rounds(findings.rounds, findings.comparison, pictures["rounds.png"])
     for stage in findings.logs:
         yield Heading(name_of(stage))
         if f"{stage}.png" in pictures:
@@ -82,8 +86,10 @@ def blocks(findings: Findings) -> Iterator[Block]:
 
 def _about(findings: Findings) -> list[Sequence[Text]]:
     recipe = findings.recipe
-    rows = [["target", recipe.target], ["sources", ", ".join(source.name for source in recipe.sources)]]
+    rows = [["target", recipe.target], ["sources", ", ".join(source.name for source in recipe.sources) or "none"]]
     rows += [["rule", recipe.pairs.rule]]
+    if recipe.rounds is not None:
+        rows += [["rounds", _rounds_of(recipe.rounds)]]
     if recipe.train.preference is not None:
         options = ", ".join(f"{key} {value}" for key, value in recipe.train.preference.options.items())
         rows += [["objective", f"{recipe.train.preference.objective}, {options}".rstrip(", ")]]
@@ -94,6 +100,32 @@ def _about(findings: Findings) -> list[Sequence[Text]]:
         merged = f", students merged by {fuse.pairwise.merge_method}" if fuse.pairwise else ""
         rows += [["fused by", f"{fuse.objective}, {fuse.combine}, {fuse.clm:g} of plain SFT{merged}"]]
     return [*rows, ["seed", str(recipe.seed)]]
+
+
+def _rounds_of(rounds: Rounds) -> str:
+    parts = [
+        f"{rounds.number}",
+        "each with its own part of the prompts" if rounds.prompts == "split" else "all prompts",
+    ]
+    parts += [f"reference: the {'start of the round' if rounds.reference == 'start' else 'first model'}"]
+    parts += [f"momentum {rounds.momentum:g}"] if rounds.momentum else []
+    parts += [f"replay {', '.join(f'{share:g}' for share in rounds.replay)}"] if rounds.replay else []
+    return "; ".join(parts)
+
+
+def _over_rounds(rounds: Sequence[RoundFigures], comparison: HeldOutComparison, picture: Picture) -> Iterator[Block]:
+    yield Heading("Over the rounds")
+    metrics = (*comparison.scorers, LENGTH)
+    rows: list[Sequence[Text]] = [
+        ["0", *[Cell("–", None)] * 3, *(_figure(comparison.mean(UNTRAINED, each)) for each in metrics)]
+    ]
+    for each in rounds:
+        counts = [Cell(f"{number:,}", number) for number in (each.prompts, each.rows, each.steps)]
+        means = [_figure(comparison.mean(f"round-{each.round}", metric)) for metric in metrics]
+        rows.append([str(each.round), *counts, *means])
+    yield TableBlock("Rounds", ["round", "prompts", "rows", "steps", *metrics], rows)
+    yield "Rows are those of the round's last training, with what it replays. Round 0 is the target as it was."
+    yield picture
 
 
 def _held_out(comparison: HeldOutComparison, picture: Picture) -> Iterator[Block]:
@@ -121,17 +153,17 @@ def _held_out(comparison: HeldOutComparison, picture: Picture) -> Iterator[Block
 def _reasons(comparison: HeldOutComparison) -> Iterator[Block]:
     *_, last = comparison.answers
     for scorer, why in comparison.reasons.items():
-        yield Heading(f"What goes with a higher {scorer} of {NAMES[last]}", 3)
+        yield Heading(f"What goes with a higher {scorer} of {model_name(last)}", 3)
         yield why.told
         rows: list[Sequence[Text]] = [[trait, *(Cell(*cell) for cell in cells)] for trait, cells in why.table]
         yield TableBlock(f"Traits, {scorer}", HEADS, rows)
 
 
-def _of_model(comparison: HeldOutComparison, model: Model, domain: str | None) -> list[Text]:
+def _of_model(comparison: HeldOutComparison, model: str, domain: str | None) -> list[Text]:
     means = [comparison.mean(model, metric, domain) for metric in (*comparison.scorers, LENGTH)]
     cut = comparison.mean(model, CUT, domain).mean
     share = Cell("–" if math.isnan(cut) else f"{100 * cut:.1f} %", None if math.isnan(cut) else cut)
-    return [NAMES[model], *(_figure(mean) for mean in means), share]
+    return [model_name(model), *(_figure(mean) for mean in means), share]
 
 
 def _figure(interval: Interval) -> Cell:
@@ -143,7 +175,7 @@ def _differences(comparison: HeldOutComparison) -> Iterator[Sequence[Text]]:
         interval = difference.interval
         if interval.items:
             yield [
-                f"{NAMES[difference.after]} − {NAMES[difference.before]}",
+                f"{model_name(difference.after)} − {model_name(difference.before)}",
                 difference.metric,
                 Cell(with_ends(interval, signed=True), interval.mean),
                 Cell(f"{interval.items:,}", interval.items),
@@ -196,7 +228,7 @@ def _examples(findings: Findings, comparison: HeldOutComparison) -> Iterator[Blo
                 for scorer in comparison.scorers
                 if (value := answers.metrics[scorer].get(prompt.id)) is not None
             ]
-            label = ": ".join([NAMES[model], *([", ".join(scores)] if scores else [])])
+            label = ": ".join([model_name(model), *([", ".join(scores)] if scores else [])])
             yield Verbatim(label, shortened(answers.texts.get(prompt.id, ""), SHOWN))
 
 

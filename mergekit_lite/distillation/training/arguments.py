@@ -34,6 +34,7 @@ OWN = {
     "activation_checkpointing": "gradient_checkpointing",
     "save_steps": "save_steps",
     "report_to": "log_to",
+    "neftune_noise_alpha": "train.sft.noise",
     "seed": "seed",
     "data_seed": "seed",
     "output_dir": "folder",

@@ -147,7 +147,7 @@ class PairwiseStage(FuseStage):
         for student in self.students:
             student.run(reporter)
         wait_for_everyone()  # all processes must read the folder before one changes it
-        self._together(lambda: self._merge(settings, reporter))
+        self.together(lambda: self._merge(settings, reporter))
         if self.is_main:
             reporter.line(f"{self.name}: {counted(len(self.students), 'student')} merged, {self.final}")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,8 +17,11 @@ from mergekit_lite.answers import loading
 from mergekit_lite.answers.loading import CAUSAL, Placed
 from mergekit_lite.answers.logprobs import Batch, by_sequence, check_head, response_log_probs
 from mergekit_lite.answers.packing import Packed, packs
-from mergekit_lite.distillation.recipe.schema import Training
+from mergekit_lite.distillation.recipe.schema import Noise, Training
 from mergekit_lite.distillation.training.deepspeed import is_partitioned
+from mergekit_lite.distillation.training.mixing import Mixture, mixed_log_probs
+from mergekit_lite.distillation.training.noise import noisy
+from mergekit_lite.distillation.training.rows import Layout
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,8 +31,6 @@ ADAPTER = "adapter"
 # From a model, a batch and what each teacher says of it to the log-probabilities of its tokens (R,), and to each
 # teacher's distances (G,).
 Distances = Callable[[Any, Batch | Packed, Sequence[Any]], tuple[torch.Tensor, list[torch.Tensor]]]
-# How the rows of a batch lie: padded to the longest, end to end, or so with prompts that responses share.
-Layout = Literal["padded", "packed", "shared"]
 OWN_CODE = "only architectures that transformers has are trained."  # ends the refusal of models with own code
 
 
@@ -43,7 +44,13 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
 
 def trained_model(
-    name: str, training: Training, dropout: bool, seed: int, distances: Distances | None = None
+    name: str,
+    training: Training,
+    dropout: bool,
+    seed: int,
+    distances: Distances | None = None,
+    mixture: Mixture | None = None,
+    noise: Noise | None = None,
 ) -> PreTrainedModel:
     """Return the model to train, with a forward pass that returns log-probabilities of responses (``_log_probs``).
 
@@ -56,6 +63,8 @@ def trained_model(
         dropout: whether to keep the dropout of the model's configuration.
         seed: of an adapter's initial weights.
         distances: computes the distances to teachers, for trainings that have such.
+        mixture: of its logits with those of another model, for objectives that need such.
+        noise: on the embeddings in training mode.
 
     Raises:
         CheckpointError: it can't be loaded, or weights are missing.
@@ -74,13 +83,27 @@ def trained_model(
         check_head(model)
     make_savable(model.generation_config)
     set_layout(model, training)
-    if distances is not None:
-        setattr(model, "distances", distances)  # noqa: B010  # no attribute of a module that types know
+    for part, value in (("distances", distances), ("mixture", mixture), ("embedding_noise", noise)):
+        setattr(model, part, value)  # no attribute of a module that types know
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return model
     torch.manual_seed(seed)
     return cast("PreTrainedModel", with_adapter(model, training))
+
+
+def frozen_model(name: str, training: Training, device: torch.device) -> PreTrainedModel:
+    """Return another model than the one to train, whole on a device, to compute what that computes without gradient.
+
+    Raises:
+        CheckpointError: it can't be loaded.
+        UsageError: log-probabilities can't be computed for its head, or ZeRO-3 has partitioned it.
+    """
+    model = trained_model(name, training.model_copy(update={"lora": None}), dropout=False, seed=0)
+    if is_partitioned(model):
+        raise UsageError(f"{name} has to be whole in each process, and ZeRO-3 partitions it. Use ZeRO-2, or DDP.")
+    frozen: PreTrainedModel = model.requires_grad_(False).eval().to(device)  # type: ignore[no-untyped-call]
+    return frozen
 
 
 def unavailable(training: Training, stage: str) -> list[str]:
@@ -237,13 +260,15 @@ def _log_probs(
     squares: bool = False,
     by_token: bool = False,
     taught: Sequence[Any] | None = None,
+    mixed: bool = False,
     **inputs: Any,
 ) -> dict[str, Any]:
     """Replace the model's ``forward`` during training, so that FSDP's and other wrappers see a forward pass.
 
     The inputs are the fields of a ``Batch`` or of a ``Packed`` batch of R responses. ``sums`` and ``lengths`` of the
     responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)². With ``by_token`` there are the log-probabilities
-    of all ``tokens`` instead, in one row; with what teachers say (``taught``) the ``distances`` to them too.
+    of all ``tokens`` instead, in one row; with what teachers say (``taught``) the ``distances`` to them too. With
+    ``mixed`` there are the sums under the ``mixture`` too.
     """
     kind = Packed if "sizes" in inputs else Batch
     batch = kind(**{field.name: inputs[field.name] for field in fields(kind)})
@@ -251,11 +276,17 @@ def _log_probs(
         distances: Distances = self.distances  # type: ignore[assignment]  # no attribute that transformers has
         tokens, losses = distances(self, batch, taught)
         return {"sums": by_sequence(tokens, batch.lengths), "lengths": batch.lengths, "distances": losses}
-    scored = response_log_probs(self, batch, squares)
+    noise: Noise | None = self.embedding_noise if self.training else None  # type: ignore[assignment]
+    with nullcontext() if noise is None else noisy(self, batch, noise):
+        scored = response_log_probs(self, batch, squares)
     if by_token:
         return {"tokens": scored.tokens}
     outputs = {"sums": scored.sums, "lengths": scored.lengths}
-    return outputs if scored.squares is None else {**outputs, "squares": scored.squares}
+    if scored.squares is not None:
+        outputs["squares"] = scored.squares
+    if mixed:
+        outputs["mixed"] = mixed_log_probs(self, batch, scored.states, self.mixture)  # type: ignore[arg-type]
+    return outputs
 
 
 def write_model(saved: Path, start: str, training: Training, folder: Path) -> None:

@@ -14,11 +14,16 @@ import torch
 from pydantic import BaseModel, ValidationError
 from xxhash import xxh3_128
 
+from mergekit_lite.answers.logprobs import Batch, padded
+from mergekit_lite.answers.packing import Packed, packed
 from mergekit_lite.answers.rows import Message, read_rows, seed_of
 from mergekit_lite.answers.template import ChatTemplate, LengthLimits, TemplateError, Tokens, fitted
 from mergekit_lite.errors import UsageError, counted, listing
 
 Role = Literal["source", "target"]
+# How the rows of a batch lie: padded to the longest, end to end, or so with prompts that responses share.
+Layout = Literal["padded", "packed", "shared"]
+JUDGMENT = "\n\nWrite an answer that deserves this judgment:\n"  # between a question and the judgment of an answer
 LEFT_OUT = ("too long", "refused", "malformed", "not aligned", "not taught")  # why a row is
 
 
@@ -29,12 +34,17 @@ class Turn(BaseModel):
     content: str
 
 
-class Response(BaseModel):
-    """A chosen or rejected response; keys that training doesn't need are ignored."""
+class OwnResponse(BaseModel):
+    """The model's own response, for selm; keys that training doesn't need are ignored."""
 
     text: str
-    role: Role
     cut: bool = False  # by the limit of tokens: no end of turn follows it
+
+
+class Response(OwnResponse):
+    """A chosen or rejected response."""
+
+    role: Role
     win: float | None = None  # the probability that it beats the others, for sppo
 
 
@@ -44,6 +54,7 @@ class SftRow(BaseModel):
     messages: list[Turn]
     response: str
     cut: bool = False
+    judgment: str | None = None  # of the response: what is wrong with it
 
 
 class TaughtSftRow(SftRow):
@@ -58,6 +69,7 @@ class PreferenceRow(BaseModel):
     messages: list[Turn]
     chosen: list[Response]
     rejected: list[Response]
+    own: OwnResponse | None = None
 
 
 @dataclass(frozen=True)
@@ -114,16 +126,17 @@ class Lesson:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A prompt with its responses as tokens of four bytes: the chosen ones, sources' first, and last the rejected one.
+    """A prompt with its responses as tokens of four bytes: the chosen ones, sources' first, and the rejected one.
 
-    A row of SFT has one response.
+    The model's own response is last, for objectives that need it. A row of SFT has one response.
     """
 
     prompt: array[int]
     answers: tuple[array[int], ...]
     roles: tuple[Role, ...]  # of the answers
-    wins: tuple[float, ...] | None = None  # of the answers, if all have one
+    wins: tuple[float, ...] | None = None  # of the chosen and rejected answers, if all have one
     lesson: Lesson | None = None  # where teachers teach it
+    judged: array[int] | None = None  # the prompt with a judgment of the response, for CUT
 
     @property
     def responses(self) -> tuple[Tokens, ...]:
@@ -140,8 +153,8 @@ class TrainingRow:
 
     @property
     def longest(self) -> int:
-        """The number of tokens of the prompt and the longest response."""
-        return len(self.prompt) + max(map(len, self.answers))
+        """The number of tokens of the prompt, the longer one of two, and the longest response."""
+        return max(len(self.prompt), len(self.judged or ())) + max(map(len, self.answers))
 
 
 class UnfittedRow(NamedTuple):
@@ -151,6 +164,7 @@ class UnfittedRow(NamedTuple):
     roles: tuple[Role, ...]
     wins: tuple[float, ...] | None = None
     lesson: Lesson | None = None
+    judged: tuple[int, ...] | None = None  # see ``TrainingRow``
 
 
 @dataclass
@@ -169,12 +183,18 @@ class TokenRows:
     def add(self, row: UnfittedRow, limits: LengthLimits) -> None:
         """Add a row if it is within the limits, or can be cut to them; else count it."""
         within = fitted(row.responses, limits)
+        judged = None
+        if within is not None and row.judged is not None:
+            judged = fitted((Tokens(row.judged, within.rows[0].response),), limits)
+            within = None if judged is None else within
         if within is None:
             self.counts["too long"] += 1
             return
-        self.counts["cut"] += within.cut
-        answers = tuple(array("i", tokens.response) for tokens in within.rows)
-        self.rows.append(TrainingRow(array("i", within.rows[0].prompt), answers, row.roles, row.wins, row.lesson))
+        self.counts["cut"] += within.cut or (judged is not None and judged.cut)
+        # The same answer in both contexts: as much of it as is left in both.
+        answers = tuple(array("i", tokens.response) for tokens in (judged or within).rows)
+        prompt, other = array("i", within.rows[0].prompt), judged and array("i", judged.rows[0].prompt)
+        self.rows.append(TrainingRow(prompt, answers, row.roles, row.wins, row.lesson, other))
 
     @property
     def summary(self) -> str:
@@ -187,24 +207,36 @@ class TokenRows:
 Tokeniser = Callable[[dict[str, Any]], list[UnfittedRow]]  # of a row as it is in the file
 
 
-def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
-    """Return the rows of ``pairs/sft.jsonl`` as tokens.
+def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits, judged: bool = False) -> TokenRows:
+    """Return the rows of ``pairs/sft.jsonl`` as tokens. With ``judged``, those that have a judgment in two contexts.
 
     Raises:
-        UsageError: the file can't be read, or none of its rows can be trained on.
+        UsageError: the file can't be read, or none of its rows can be trained on, or none has a judgment.
     """
 
     def tokenise(line: dict[str, Any]) -> list[UnfittedRow]:
         row = SftRow.model_validate(line)
-        return [UnfittedRow((template.tokens(messages_of(row.messages), row.response, cut=row.cut),), ("source",))]
+        messages = messages_of(row.messages)
+        plain = template.tokens(messages, row.response, cut=row.cut)
+        if not judged or row.judgment is None or not row.judgment.strip():
+            return [UnfittedRow((plain,), ("source",))]
+        question = Message(role=messages[-1]["role"], content=f"{messages[-1]['content']}{JUDGMENT}{row.judgment}")
+        other = template.tokens([*messages[:-1], question], row.response, cut=row.cut)
+        if other.response != plain.response:
+            raise TemplateError("the answer has other tokens after the judgment than without it")
+        return [UnfittedRow((plain,), ("source",), judged=other.prompt)]
 
-    return read(path, tokenise, template, limits)
+    tokens = read(path, tokenise, template, limits)
+    if judged and all(row.judged is None for row in tokens.rows):
+        raise UsageError(f"train.sft.unlikelihood: no row of {path} has a 'judgment'. Give some, or leave the key out.")
+    return tokens
 
 
-def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
+def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits, own: bool = False) -> TokenRows:
     """Return the rows of ``pairs/preference.jsonl`` as tokens. All must have equally many chosen responses.
 
-    A row with several rejected responses becomes as many rows, one for each of them with all chosen responses.
+    A row with several rejected responses becomes as many rows, one for each of them with all chosen responses. With
+    ``own`` the model's own response is in each, too, and a row without it is left out.
 
     Raises:
         UsageError: the file can't be read, none of its rows can be trained on, or their shapes differ.
@@ -215,16 +247,26 @@ def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) ->
         if not row.chosen or not row.rejected:
             shape = f"{len(row.chosen)} chosen and {len(row.rejected)} rejected"
             raise TemplateError(f"expected one or more chosen responses, and one or more rejected, got {shape}")
+        if own and row.own is None:
+            raise TemplateError("the objective needs the model's own answer, and the row has no 'own'")
         messages = messages_of(row.messages)
         chosen = sorted(row.chosen, key=lambda response: response.role)  # source before target
-        return [_unfitted(messages, [*chosen, rejected], template) for rejected in row.rejected]
+        last = row.own if own else None
+        return [_unfitted(messages, [*chosen, rejected], last, template) for rejected in row.rejected]
 
     tokens = read(path, tokenise, template, limits)
-    shapes = Counter(tuple(row.roles[:-1]) for row in tokens.rows)
+    shapes = Counter(tuple(row.roles[: -2 if own else -1]) for row in tokens.rows)
     if len({len(shape) for shape in shapes}) > 1:
         listed = [f"{counted(number, 'row')} with {', '.join(shape)} chosen" for shape, number in shapes.items()]
         raise UsageError(listing(f"All rows of {path} must have as many chosen responses, got", listed))
     return tokens
+
+
+def laid_out(rows: Sequence[TrainingRow], layout: Layout) -> Batch | Packed:
+    """Return all responses of the first row, then of the next, in a layout."""
+    if layout == "padded":
+        return padded([response for row in rows for response in row.responses])
+    return packed([row.responses for row in rows], share=layout == "shared")
 
 
 def order(rows: int, total: int, seed: int, stage: str) -> list[int]:
@@ -236,11 +278,15 @@ def order(rows: int, total: int, seed: int, stage: str) -> list[int]:
     return indices[:total]
 
 
-def _unfitted(messages: list[Message], responses: Sequence[Response], template: ChatTemplate) -> UnfittedRow:
+def _unfitted(
+    messages: list[Message], responses: Sequence[Response], own: OwnResponse | None, template: ChatTemplate
+) -> UnfittedRow:
     wins = tuple(response.win for response in responses if response.win is not None)
+    every = responses if own is None else (*responses, own)
+    roles = tuple(response.role for response in responses)
     return UnfittedRow(
-        tuple(template.tokens(messages, response.text, cut=response.cut) for response in responses),
-        tuple(response.role for response in responses),
+        tuple(template.tokens(messages, response.text, cut=response.cut) for response in every),
+        roles if own is None else (*roles, "target"),
         wins if len(wins) == len(responses) else None,
     )
 

@@ -1,11 +1,11 @@
-"""A training, from rows to a published model: SFT and preference training; ``fuse_stage.py`` has another."""
+"""A training, from rows to a published model: SFT, and what all trainings share. Others override parts of it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_lite.answers.template import ChatTemplate, LengthLimits
-from mergekit_lite.distillation.objectives.preference import OBJECTIVES, Objective
-from mergekit_lite.distillation.recipe.schema import Preference, Training
+from mergekit_lite.distillation.recipe.schema import Training
 from mergekit_lite.distillation.reporter import Advance, Reporter
-from mergekit_lite.distillation.training import deepspeed, held_out, reference, watch
+from mergekit_lite.distillation.training import deepspeed, held_out, watch
 from mergekit_lite.distillation.training.arguments import Length, length, training_arguments
 from mergekit_lite.distillation.training.held_out import Split
 from mergekit_lite.distillation.training.model import (
@@ -29,11 +28,11 @@ from mergekit_lite.distillation.training.model import (
     trained_model,
     write_model,
 )
-from mergekit_lite.distillation.training.rows import TokenRows, TrainingRow, order, preference_rows, sft_rows
+from mergekit_lite.distillation.training.rows import TokenRows, TrainingRow, order, sft_rows
 from mergekit_lite.distillation.training.soundness import check_sound
 from mergekit_lite.distillation.training.watch import DivergedError
 from mergekit_lite.distillation.training.workspace import Workspace, digest_of, flat, identity
-from mergekit_lite.errors import MergekitLiteError, RunError, UsageError, counted, listing, nearest
+from mergekit_lite.errors import MergekitLiteError, RunError, UsageError, counted, listing
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -46,21 +45,11 @@ FREE = {
     *("save_steps", "eval_steps", "log_to"),
 }
 # Defaults of settings that earlier versions didn't have, which are told only where they differ: their runs go on.
-LATER = {
-    **{"eval": 0, "keep": "last", "options.nll": 0.0},
+LATER: dict[str, Any] = {
+    **{"eval": 0, "keep": "last", "options.nll": 0.0, "reference": None, "noise": None, "unlikelihood": None},
     **{"lora.rslora": False, "lora.dora": False, "lora.modules_to_save": [], "lora.base": None},
 }
 NOISY = ("transformers", "accelerate", "DeepSpeed")  # loggers whose warnings say nothing that a user can act on
-
-
-def objective_of(training: Preference, problems: list[str]) -> tuple[Objective, dict[str, Any]] | None:
-    """Return the objective of a training and all of its options; mistakes become problems."""
-    objective = OBJECTIVES.get(training.objective)
-    if objective is None:
-        hint = nearest(training.objective, OBJECTIVES) or f" There are: {', '.join(OBJECTIVES)}."
-        problems.append(f"train.preference: there is no objective {training.objective!r}.{hint}")
-        return None
-    return objective, objective.options(training.options, problems)
 
 
 @dataclass
@@ -121,6 +110,7 @@ class TrainingStage:
         record = self._record(settings, data, parts, planned, args)
         if self.is_main:
             self.workspace.begin(record, done)
+        self.prepare(data.rows, args, reporter)
         trainer = self._trainer(args, parts, planned, reporter)
         with reporter.progress(f"train {self.name}", planned.steps, done) as advance:
             trainer.add_callback(self._callback(trainer, data.rows, reporter, advance))
@@ -133,7 +123,7 @@ class TrainingStage:
 
     def _accept(self, reporter: Reporter) -> None:
         """Take the finished folder as it is, once it is checked."""
-        self._together(self._check_earlier)
+        self.together(self._check_earlier)
         if self.is_main:
             self.workspace.tidy()
             reporter.line(f"{self.name}: done, {self.final}")
@@ -173,36 +163,21 @@ class TrainingStage:
 
     def own_settings(self) -> dict[str, Any]:
         """Return what decides about the result beside the training's keys, or in their place."""
-        return {"options": self._objective[1]} if isinstance(self.training, Preference) else {}
+        return {}
 
     def rows(self) -> TokenRows:
         """Return the rows as tokens.
 
         Raises:
-            UsageError: there is none, or the objective can't take them.
+            UsageError: there is none.
         """
-        template = ChatTemplate(tokenizer_of(self.start))
-        if not isinstance(self.training, Preference):
-            return sft_rows(self.rows_path, template, self.limits)
-        data = preference_rows(self.rows_path, template, self.limits)
-        wrong = [row for row in data.rows if row.roles[-2] != "target" or "target" in row.roles[:-2]]
-        objective, _ = self._objective
-        if objective.fuses and (wrong or len(data.rows[0].roles) < 3):
-            roles = ", ".join((wrong or data.rows)[0].roles[:-1])
-            raise UsageError(
-                f"{objective.name} needs sources' chosen responses and one of the target in every row of "
-                f"{self.rows_path}, got {roles}. Pair with the rule wrpo, or use another objective."
-            )
-        return data
+        return sft_rows(self.rows_path, ChatTemplate(tokenizer_of(self.start)), self.limits)
 
-    @cached_property
-    def _objective(self) -> tuple[Objective, dict[str, Any]]:
-        assert isinstance(self.training, Preference)
-        problems: list[str] = []
-        objective = objective_of(self.training, problems)
-        if objective is None or problems:
-            raise UsageError(listing("The objective can't be used", problems))
-        return objective
+    def prepare(self, rows: Sequence[TrainingRow], args: TrainingArguments, reporter: Reporter) -> None:
+        """Do what has to be done before the model is loaded. Every process calls this."""
+
+    def begin(self, trainer: ResponseTrainer, rows: Sequence[TrainingRow], reporter: Reporter) -> None:
+        """Do what has to be done before the first step, with the model on its devices. Every process calls this."""
 
     def _report_rows(self, data: TokenRows, parts: Split, planned: Length, reporter: Reporter) -> None:
         for note in data.notes:
@@ -235,12 +210,9 @@ class TrainingStage:
 
     def new_trainer(self, args: TrainingArguments, rows: OrderedRows) -> ResponseTrainer:
         """Load the model, and return what trains it on rows in their order."""
-        from mergekit_lite.distillation.training.trainer import PreferenceTrainer, SftTrainer
+        from mergekit_lite.distillation.training.trainer import SftTrainer
 
-        by_preference = isinstance(self.training, Preference)
-        model = trained_model(self.start, self.training, dropout=not by_preference, seed=self.seed)
-        if by_preference:
-            return PreferenceTrainer(model, args, rows, self.workspace.log, *self._objective)
+        model = trained_model(self.start, self.training, dropout=True, seed=self.seed)
         return SftTrainer(model, args, rows, self.workspace.log)
 
     def _trainer(self, args: TrainingArguments, parts: Split, planned: Length, reporter: Reporter) -> ResponseTrainer:
@@ -261,15 +233,14 @@ class TrainingStage:
         return trainer
 
     def _callback(self, trainer: ResponseTrainer, rows: list[TrainingRow], reporter: Reporter, advance: Advance) -> Any:
-        from mergekit_lite.distillation.training.trainer import PreferenceTrainer, TrainingCallback
+        from mergekit_lite.distillation.training.trainer import TrainingCallback
 
         often = self.training.eval_steps or self.training.save_steps
         best = self.training.keep == "best"
 
         def begin() -> None:
             check_whole_model(trainer.model)
-            if isinstance(trainer, PreferenceTrainer) and trainer.objective.reference:
-                reference.fill(trainer, rows, self.workspace.root / "reference", reporter)
+            self.begin(trainer, rows, reporter)
             if trainer.held_out and not trainer.state.global_step:
                 trainer.evaluate()
 
@@ -311,9 +282,9 @@ class TrainingStage:
             )
             self.workspace.publish(record)
 
-        self._together(write)
+        self.together(write)
 
-    def _together(self, work: Callable[[], None]) -> None:
+    def together(self, work: Callable[[], None]) -> None:
         """Do in the main process what one must do for all, and raise its error in all of them."""
         from accelerate.utils import broadcast_object_list
 

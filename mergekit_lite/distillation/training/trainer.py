@@ -25,16 +25,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from mergekit_lite.answers.logprobs import Batch, padded
-from mergekit_lite.answers.packing import Packed, packed
-from mergekit_lite.distillation.objectives.preference import LogProbs, Objective
+from mergekit_lite.answers.logprobs import Batch
+from mergekit_lite.answers.packing import Packed
 from mergekit_lite.distillation.training import held_out
 from mergekit_lite.distillation.training.model import layout_of
-from mergekit_lite.distillation.training.rows import TrainingRow
+from mergekit_lite.distillation.training.rows import TrainingRow, laid_out
 from mergekit_lite.distillation.training.watch import DivergedError, Watch, check_weights
 
 Inputs = dict[str, Any]
-ROLES = ("source", "target")
 MODEL_INPUTS = tuple(dict.fromkeys(field.name for kind in (Batch, Packed) for field in fields(kind)))
 NO_LABEL = -100  # transformers' label of tokens without loss
 
@@ -124,10 +122,7 @@ class ResponseTrainer(Trainer):
 
     def laid_out(self, rows: Sequence[TrainingRow]) -> Batch | Packed:
         """Return all responses of the first row, then of the next, in the layout that the model takes."""
-        layout = layout_of(self.model)
-        if layout == "padded":
-            return padded([response for row in rows for response in row.responses])
-        return packed([row.responses for row in rows], share=layout == "shared")
+        return laid_out(rows, layout_of(self.model))
 
     def training_step(self, model: Module, inputs: Inputs, *more: Any, **named: Any) -> Tensor:
         """Do one part of a step, under watch."""
@@ -254,15 +249,24 @@ class TrainingCallback(TrainerCallback):
 
 
 class SftTrainer(ResponseTrainer):
-    """Trains with −log π(y | x) of the responses, averaged over all their tokens in a step's batch."""
+    """Trains with −log π(y | x) of the responses, averaged over all their tokens in a step's batch.
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, rows: OrderedRows, log: Path):
+    With ``twice`` each row is there twice, all rows and then all again: SymNoise gives the two opposite noise.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, args: TrainingArguments, rows: OrderedRows, log: Path, twice: bool = False
+    ):
         super().__init__(model, args, rows, log, figures=("length/response",))
+        self.twice = twice
         # Lets the trainer count the labels of a step over all processes, and leave scaling to the loss.
         self.model_accepts_loss_kwargs = True
 
     def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
-        """Return the model's inputs, and labels for the trainer to count."""
+        """Return the model's inputs for a part of a step, and labels for the trainer to count."""
+        return self._labelled([*rows, *rows] if self.twice else rows)
+
+    def _labelled(self, rows: Sequence[TrainingRow]) -> Inputs:
         laid_out = self.laid_out(rows)
         labels = pad(laid_out.targets, (1, 0), value=NO_LABEL)  # the first label of a row is not counted
         return {**vars(laid_out), "labels": labels[None]}
@@ -281,108 +285,8 @@ class SftTrainer(ResponseTrainer):
         return loss
 
     def _measure(self, rows: Sequence[TrainingRow]) -> None:
-        inputs = self._prepare_inputs(self.batch(rows))
+        inputs = self._prepare_inputs(self._labelled(rows))
         with self.compute_loss_context_manager():
             total = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=self.accelerator.num_processes)
         tokens = sum(len(answer) for row in rows for answer in row.answers)
         self.means.add_mean(held_out.LOSS, total / tokens, tokens)
-
-
-class PreferenceTrainer(ResponseTrainer):
-    """Trains with an objective's loss under its options, averaged over the rows of a batch.
-
-    ``reference`` has s_ref of a row's responses, by the row's key. It must be filled before the first step.
-    """
-
-    objective: Objective
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
-        rows: OrderedRows,
-        log: Path,
-        objective: Objective,
-        options: Mapping[str, Any],
-    ):
-        by_role = [f"{figure}/{role}" for figure in ("length", "rewards") for role in (*ROLES, "rejected")]
-        accuracies = ["accuracy", *(f"accuracy/{role}" for role in ROLES)]
-        super().__init__(model, args, rows, log, (*by_role, *accuracies, "margin", "alpha", "kl"))
-        self.model_accepts_loss_kwargs = False  # all parts have equally many rows, so the trainer may scale the means
-        self.objective = objective
-        self.options = options
-        self.reference: dict[str, Sequence[float]] = {}
-
-    def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
-        """Return the model's inputs, and per row and response roles, s_ref and wins.
-
-        In rows without wins the chosen responses win with probability 1, the rejected one with 0.
-        """
-        inputs = super().batch(rows)
-        inputs["roles"] = torch.tensor([[ROLES.index(role) for role in row.roles] for row in rows])
-        if self.objective.reference:
-            inputs["reference"] = torch.tensor([self.reference[row.key] for row in rows])
-        sure = (*(1.0,) * (len(rows[0].roles) - 1), 0.0)
-        inputs["wins"] = torch.tensor([row.wins or sure for row in rows])
-        return inputs
-
-    def compute_loss(self, model: Module, inputs: Inputs, *_: Any, **__: Any) -> Tensor:
-        """Return the mean loss of these rows, and add their figures to the means."""
-        outputs = model(
-            **{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, squares=self.objective.squares
-        )
-        rows = self.log_probs(outputs, inputs)
-        outcome = self.objective(rows, **self.options)
-        chosen_roles = inputs["roles"][:, :-1]
-        for number, role in enumerate(ROLES):
-            where = chosen_roles == number
-            self.means.add(f"length/{role}", rows.chosen_lengths, where)
-            self.means.add(f"rewards/{role}", outcome.chosen_rewards, where)
-            self.means.add(f"accuracy/{role}", outcome.chosen_accuracies, where)
-        self.means.add("length/rejected", rows.rejected_lengths)
-        self.means.add("rewards/rejected", outcome.rejected_rewards)
-        self.means.add("accuracy", outcome.accuracies)
-        self.means.add("margin", outcome.margins)
-        if outcome.alpha is not None:
-            self.means.add("alpha", torch.tensor([outcome.alpha]))
-        if self.objective.reference:
-            own = inputs["roles"] == ROLES.index("target")
-            self.means.add("kl", inputs["reference"] - outputs["sums"].view_as(inputs["reference"]), own)
-        loss: Tensor = outcome.loss.mean()
-        return loss
-
-    def _measure(self, rows: Sequence[TrainingRow]) -> None:
-        inputs = self._prepare_inputs(self.batch(rows))
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(self.model_wrapped, inputs)
-        self.means.add_mean(held_out.LOSS, loss, len(rows))
-
-    def _figures(self, found: Mapping[str, float]) -> dict[str, float]:
-        names = {held_out.LOSS: held_out.LOSS, held_out.ACCURACY: "accuracy", held_out.MARGIN: "margin"}
-        return {key: found[name] for key, name in names.items() if name in found}
-
-    @torch.no_grad()
-    def reference_log_probs(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
-        """Return s of the rows' responses under the model as it is on its devices, without dropout."""
-        self.model_wrapped.eval()
-        inputs = self._prepare_inputs(super().batch(rows))
-        with self.compute_loss_context_manager():
-            sums = self.model_wrapped(**inputs)["sums"]
-        by_row: list[list[float]] = sums.float().view(len(rows), -1).tolist()
-        return by_row
-
-    def log_probs(self, outputs: Mapping[str, Tensor], inputs: Inputs) -> LogProbs:
-        """Return the model's outputs as objectives take them: split into chosen and rejected responses of each row."""
-        shape = inputs["roles"].shape
-        lengths = outputs["lengths"].to(outputs["sums"].dtype)
-        parts = {"": outputs["sums"], "_lengths": lengths, "_wins": inputs["wins"]}
-        if "squares" in outputs:
-            parts["_squares"] = outputs["squares"]
-        fields = {f"chosen{name}": values.view(shape)[:, :-1] for name, values in parts.items()}
-        fields |= {f"rejected{name}": values.view(shape)[:, -1] for name, values in parts.items()}
-        if self.objective.reference:
-            reference = inputs["reference"]
-            fields |= {"reference_chosen": reference[:, :-1], "reference_rejected": reference[:, -1]}
-        # Held-out rows are measured with what the end of training will have, so that steps can be compared.
-        progress = self.state.global_step / self.state.max_steps if self.model_wrapped.training else 1.0
-        return LogProbs(**fields, progress=progress)
