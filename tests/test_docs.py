@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import mergekit_lite
 from docs import api as page_of_python
+from docs import catalogue as page_of_recipes
 from docs import methods as page_of_methods
 from mergekit_lite.commands import main
 from mergekit_lite.methods import METHODS
@@ -134,6 +135,16 @@ def test_the_page_of_python_is_up_to_date_and_complete() -> None:
     assert page_of_python.PAGE.read_text(encoding="utf-8") == page_of_python.page(), "run: python -m docs.api"
     listed = [name for names in page_of_python.SECTIONS.values() for name in names]
     assert sorted([*listed, "__version__"]) == mergekit_lite.__all__
+
+
+def test_the_page_of_recipes_is_up_to_date_and_complete() -> None:
+    page = page_of_recipes.page()
+    assert page_of_recipes.PAGE.read_text(encoding="utf-8") == page, "run: python -m docs.catalogue"
+    files = [path for path in page_of_recipes.FOLDER.rglob("*") if path.suffix in (".yml", ".yaml")]
+    assert len(files) > 90
+    for path in files:
+        assert page.count(f"]({path.relative_to(page_of_recipes.FOLDER).as_posix()})") == 1, path
+    assert page.count("not confirmed") == 1  # zephyr_0.05
 
 
 def test_the_page_of_methods_tells_of_all() -> None:

@@ -11,11 +11,12 @@ from typing import Any
 from mergekit_lite._version import __version__
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import write_text
+from mergekit_lite.answers.traits import HEADS, Reasons
 from mergekit_lite.boosting import curve
 from mergekit_lite.boosting.candidates.candidate import ItemRow, label
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.guards import Guards
-from mergekit_lite.boosting.search.point import Point, plain
+from mergekit_lite.boosting.search.point import Point, plain, why
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.boosting.summary import CAN_NOT_TELL, highest, stability, verdict
 from mergekit_lite.errors import counted, shortened
@@ -46,11 +47,14 @@ def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping
     figure = drawing.new_figure(curve.height(result))
     curve.draw(figure, result)
     drawing.save(figure, study.folder / "curve.png")
-    figures = json.dumps(as_json(result, about), indent=1, ensure_ascii=False, allow_nan=False)
+    best = result.picked or highest(result)
+    reasons = None if best is None else why(best.params, study.items, study, result.settings)
+    whole = as_json(result, about) | {"reasons": plain(reasons)}
+    figures = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(study.folder / "boost.json", f"{figures}\n")
     page = study.folder / "report.html"
     title = f"Boost: {label(result.chosen)}" if result.chosen is not None else "Boost: no candidate helps"
-    write_text(page, document(title, _sections(result, study, about, asked)))
+    write_text(page, document(title, _sections(result, study, about, asked, reasons)))
     return page
 
 
@@ -82,7 +86,9 @@ def _figures(result: Result, point: Point) -> dict[str, Any]:
     return {"numbers": figures.pop("params"), **figures, "score": plain(settings.shown(settings.score, point.score))}
 
 
-def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Iterator[Markup]:
+def _sections(
+    result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str], reasons: Reasons | None
+) -> Iterator[Markup]:
     answer, *more = verdict(result)
     yield element("h1", answer)
     if more:
@@ -110,6 +116,11 @@ def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Map
     yield element(
         "dl", *(element(kind, text) for pair in facts.items() for kind, text in zip(("dt", "dd"), pair, strict=True))
     )
+    best = result.picked or highest(result)
+    if best is not None and reasons is not None:
+        yield element("h2", f"What goes with {result.called(best)} being better than the baseline")
+        yield element("p", reasons.told, class_="soft")
+        yield table("Traits", HEADS, [[trait, *(Cell(*cell) for cell in cells)] for trait, cells in reasons.table])
     yield from _samples(result, study, asked)
 
 

@@ -37,6 +37,7 @@ COMMANDS = {  # with what help says of each in a line
     "distill": "Teach a small model by preferences.",
     "boost": "Choose alpha or recipe numbers by measuring.",
     "preview": "Hear what an alpha would answer.",
+    "estimate": "Tell a benchmark's score by a hundred items.",
     "push": "Put an output on the Hugging Face hub.",
 }
 RESUMED = {  # commands that go on by themselves where they stopped, with what an interrupted user should know
@@ -46,7 +47,7 @@ RESUMED = {  # commands that go on by themselves where they stopped, with what a
     "push": "What was uploaded is kept: the same command goes on.",
     "statistics": "What was finished is kept: the same command goes on.",
 }
-ONLY_PRINT = ("plan", "methods", "inspect", "compare", "preview")  # commands that have failed if nobody could read them
+ONLY_PRINT = ("plan", "methods", "inspect", "compare", "preview", "estimate")  # commands that have failed if nobody could read them
 LEFT_AT_ONCE = (
     "extrapolate", "merge", "upcycle", "plan", "verify", "methods", "inspect", "compare", "vector", "tokenizer", "moe",
     "statistics",

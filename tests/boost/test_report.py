@@ -62,7 +62,7 @@ def test_the_page_says_the_answer_first(reported: tuple[Path, Result], shown: Br
     chosen = reported[1].chosen
     assert chosen is not None
     assert shown.run("document.querySelector('h1').textContent").startswith(f"alpha={chosen['alpha']:g} beats alpha=0:")
-    rows = shown.run("document.querySelectorAll('table tbody tr').length")
+    rows = shown.run("document.querySelector('table').querySelectorAll('tbody tr').length")
     assert rows == len(reported[1].points) + 2, "the baseline, and the chosen one once more, held out"
     assert "alpha=4, too much" in shown.run("document.body.textContent")
 
@@ -81,7 +81,7 @@ def test_nothing_is_wider_than_a_phone(reported: tuple[Path, Result], shown: Bro
 
 def test_a_table_sorts_by_a_click(shown: Browser) -> None:
     gains = (
-        "[...document.querySelectorAll('tbody tr')].map(row => row.cells[3].dataset.value).filter(Boolean).map(Number)"
+        "[...document.querySelector('tbody').rows].map(row => row.cells[3].dataset.value).filter(Boolean).map(Number)"
     )
     shown.click("document.querySelectorAll('thead button')[3]")
     found = shown.run(gains)
@@ -96,6 +96,17 @@ def test_the_figures_are_there_for_machines(reported: tuple[Path, Result]) -> No
     assert found["held_out"]["gain"]["low"] == result.held_out.gain.low  # type: ignore[union-attr]
     assert found["baseline"]["win_rates"]["at_equal_length"] == 50
     assert found["settings"]["limits"]["growth"] == 2.5
+
+
+def test_what_goes_with_winning_is_told(reported: tuple[Path, Result], shown: Browser) -> None:
+    """Candidates differ from the baseline in length alone, and a judge prefers each of their answers a little."""
+    why = json.loads((reported[0] / "boost.json").read_text())["reasons"]
+    assert why["prompts"] == 300 and why["win_rate"] == pytest.approx(0.7)
+    assert [effect["trait"] for effect in why["effects"]] == ["length, log of characters"]
+    cells = shown.run(
+        "[...document.querySelectorAll('table')[1].querySelectorAll('tbody tr > *')].map(c => c.textContent)"
+    )
+    assert cells[0] == "length, log of characters" and len(cells) == 6
 
 
 def test_the_picture_opens(reported: tuple[Path, Result]) -> None:
@@ -118,7 +129,7 @@ def test_figures_of_candidates_with_long_names_are_on_the_page(tmp_path: Path) -
         browser.open(page, width=1100)
         assert browser.run("document.documentElement.scrollWidth") <= 1100
         assert browser.run("document.querySelector('h1').textContent").startswith("Candidate 3 beats the baseline:")
-        right = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[4].getBoundingClientRect().right)"
+        right = "[...document.querySelector('tbody').rows].map(row => row.cells[4].getBoundingClientRect().right)"
         assert max(browser.run(right)) < 1000
         inside = "(() => { const all = document.querySelector('svg').getBoundingClientRect(); return "
         inside += "[...document.querySelectorAll('svg text')].every(one => { const box = one.getBoundingClientRect(); "

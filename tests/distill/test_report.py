@@ -168,6 +168,19 @@ def test_json(folder: Path, findings: Findings) -> None:
     assert written["training"]["preference"]["last"]["step"] == 200
 
 
+def test_what_goes_with_a_higher_score(folder: Path, findings: Findings) -> None:
+    """The preference model's answers are longer, and armorm scores all of them higher; flat prefers neither."""
+    why = json.loads((folder / "made" / "report" / "report.json").read_text())["held_out"]["reasons"]
+    assert why.keys() == {"armorm", "flat"} and why["armorm"]["prompts"] == PROMPTS
+    assert why["armorm"]["win_rate"] == 1 and why["flat"]["win_rate"] < 0.8
+    length = next(trait for trait in why["armorm"]["traits"] if trait["trait"].startswith("length"))
+    assert length["after"] > length["before"] and length["part"] > 0
+    page = (folder / "made" / "report" / "report.md").read_text()
+    assert (
+        "### What goes with a higher armorm of the preference model" in page and "| length, log of characters |" in page
+    )
+
+
 def test_second_run_changes_no_byte(folder: Path, findings: Findings) -> None:
     def contents() -> dict[str, bytes]:
         files = sorted(path for path in (folder / "made/report").rglob("*") if path.is_file())

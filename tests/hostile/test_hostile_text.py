@@ -121,6 +121,8 @@ def test_no_command_shows_what_a_terminal_obeys(place: Path) -> None:
         ["upcycle", f"./{TRICKS}", "--experts", "2", "-o", "up"],
         ["tokenizer", "transplant", "sft", odd, "-o", f"other{TRICKS}"],
         ["tokenizer", "transplant", "sft", f"./{TRICKS}", "--method", TRICKS, "-o", "other"],
+        ["estimate", "scores", f"no{TRICKS}.npz", TRICKS, "r.yml"],
+        ["estimate", "convert", odd, f"x{TRICKS}"],
         ["push", f"./{TRICKS}", "org/name"],
         ["extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", f"s3://bucket/{TRICKS}"],
         ["extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", f"s3://bucket/x?{ESCAPES}"],

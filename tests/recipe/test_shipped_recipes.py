@@ -60,7 +60,28 @@ PUBLISHED = {
     ("shenzhi-wang/Llama3-8B-Chinese-Chat", "meta-llama/Meta-Llama-3-8B-Instruct", 0.3),
     ("abacusai/Smaug-34B-v0.1", "jondurbin/bagel-34b-v0.2", 0.3),
     ("m-a-p/neo_7b_instruct_v0.1", "m-a-p/neo_7b_sft_v0.1", 0.3),
+    ("UCLA-AGI/Mistral7B-PairRM-SPPO", "mistralai/Mistral-7B-Instruct-v0.2", 0.3),
 }
+# The authors' results_alpaca/leaderboard.csv: win rate, length-controlled win rate and characters, before and after.
+LEADERBOARD = """
+LLaMA3-iterative-DPO-final 29.17449 36.00887 1628 32.74046 37.79362 1692
+Starling-LM-7B-beta 26.57932 25.75901 2015 29.60085 26.41116 2215
+Starling-LM-7B-alpha 14.95556 18.30466 1618 18.17976 19.47417 1821
+tulu-2-dpo-13b 11.20146 15.47304 1361 15.55141 17.59140 1649
+zephyr-7b-alpha 6.73356 9.96557 1160 10.55935 13.57309 1248
+tulu-2-dpo-7b 8.49889 10.20556 1489 11.52922 11.67506 1742
+zephyr-7b-beta 10.17499 13.20352 1355 11.06112 14.00121 1405
+tulu-2-dpo-70b 15.35612 21.19855 1463 22.98062 25.72331 1738
+internlm2-chat-20b 36.08058 24.85328 2591 46.18537 27.22576 3335
+internlm2-chat-7b 20.48013 18.26883 2069 28.06782 22.66748 2390
+internlm2-chat-1_8b 3.76265 3.99734 1634 5.23179 4.27101 2126
+Snorkel-Mistral-PairRM-DPO 24.69537 23.99386 2040 28.84530 26.38786 2262
+zephyr_0.05 5.00878 9.08556 863 11.50757 14.72948 1397
+zephyr_0.1 5.93913 10.44056 958 17.94947 16.25038 2163
+zephyr_0.2 8.58087 12.85148 1125 22.73960 21.30100 2138
+zephyr_0.4 12.10008 14.57894 1502 17.72261 16.57080 2119
+zephyr-7b-dpo-full 14.74904 17.31787 1570 18.03912 20.16286 1706
+"""
 
 
 def loaded(path: Path) -> Recipe:
@@ -126,6 +147,21 @@ def test_expo_as_published() -> None:
         (r.slices[0].sources[0].model, r.base_model, r.parameters["alpha"][0].values[0]) for r in recipes
     } == PUBLISHED
     assert len(recipes) == len(PUBLISHED)
+
+
+def test_figures_of_expo_are_the_authors() -> None:
+    rows = {name: list(map(float, figures)) for name, *figures in map(str.split, LEADERBOARD.strip().splitlines())}
+    said = {}
+    for path in RECIPES:
+        head = path.read_text(encoding="utf-8").split("\n\n")[0]
+        if path.parent.name == "expo" and "leaderboard.csv)" in head:
+            figures = re.search(r"win rate (\S+) -> (\S+), LC (\S+) -> (\S+), (\d+) -> (\d+) characters", head)
+            assert figures is not None, path
+            won, won_after, lc, lc_after, length, length_after = map(float, figures.groups())
+            said[path.stem] = [won, lc, length, won_after, lc_after, length_after]
+    assert said.keys() == {name.lower() for name in rows}
+    for name, figures in rows.items():
+        assert said[name.lower()] == [round(figure, 2) for figure in figures], name
 
 
 def test_fusechat_and_fuseo1_as_published() -> None:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from string import Formatter
-from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from mergekit_lite.answers.asking import Sampling, urls_of
 from mergekit_lite.answers.replies import Reply
-from mergekit_lite.answers.requests import RequestBody
-from mergekit_lite.answers.rows import Message, seed_of
-from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerOptions, ScorerSettings, scorer
-from mergekit_lite.answers.server import Question, Server, ask
-from mergekit_lite.errors import RunError, shortened
+from mergekit_lite.answers.rows import seed_of
+from mergekit_lite.answers.scoring.judging import (
+    JudgeOptions,
+    conversation,
+    nothing_in,
+    replies_of,
+    said_in,
+    with_fields,
+)
+from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer, ScorerSettings, scorer
+from mergekit_lite.answers.server import Question
+from mergekit_lite.errors import shortened
 
 FIELDS = ("conversation", "answer", "reference", "lowest", "highest")
 PROMPT = """\
@@ -42,36 +46,19 @@ Grade: N"""
 NUMBER = r"(-?\d+(?:\.\d+)?)(?!\.?\d|\s*[-–—]\s*\d)(?:\s*/\s*(\d+))?"
 GRADE = re.compile(r"\bgrade(?:[^\w-]|-\s)*" + NUMBER, re.IGNORECASE)
 ALONE = re.compile(r"\W*" + NUMBER + r"\W*")
-THOUGHTS = "</think>"
 
 
-class Options(ScorerOptions):
+class Options(JudgeOptions):
     """``prompt`` may use the fields {conversation}, {answer}, {reference}, {lowest} and {highest}."""
 
     prompt: str = PROMPT
-    system: str | None = None  # a system prompt
     lowest: float = 1
     highest: float = 10
-    temperature: Annotated[float, Field(ge=0)] = 0
-    max_tokens: Positive = 1024
-    chat_template_kwargs: dict[str, Any] | None = None  # for the chat template: {enable_thinking: false}
-    extra_body: dict[str, Any] | None = None  # anything else of a request
-    timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
-    retries: Annotated[int, Field(ge=0)] = 8  # repetitions of a request that failed
 
     @field_validator("prompt")
     @classmethod
     def _has_fields(cls, prompt: str) -> str:
-        try:
-            fields = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
-        except ValueError as error:
-            raise ValueError(f"{error}: braces that are meant as such are written twice") from error
-        unknown = [name for name in fields if name not in FIELDS]
-        if unknown:
-            raise ValueError(f"no field {unknown[0]!r}: there are {', '.join(FIELDS)}; other braces are written twice")
-        if "answer" not in fields:
-            raise ValueError("the field {answer} is missing: the judge would not see the answer")
-        return prompt
+        return with_fields(prompt, FIELDS, {"answer": "the answer"})
 
     @model_validator(mode="after")
     def _has_scale(self) -> Options:
@@ -95,55 +82,31 @@ class Judge(Scorer):
         Raises:
             RunError: the server refuses, or has stopped answering.
         """
-        server = self._server()
         questions = [
-            Question(place, self._messages(each), seed_of("judge", each.prompt.id, each.answer))
+            Question(place, self.options.turns(self._text(each)), seed_of("judge", each.prompt.id, each.answer))
             for place, each in enumerate(judged)
         ]
-        replies = {question.key: reply for _, question, reply in ask({server: questions})}
-        if server.failures.stopped:
-            raise RunError(f"The judge {self.name} was asked no more. {server.failures.stopped}")
         return [
-            grade_in(replies[place], self.options)
-            if place in replies
-            else Score(None, f"the judge didn't answer: {server.failures.lost.get(place, 'no reply')}")
-            for place in range(len(judged))
+            Score(None, reply) if isinstance(reply, str) else grade_in(reply, self.options)
+            for reply in replies_of(self.settings, self.options, questions)
         ]
 
-    def _server(self) -> Server:
-        settings, options = self.settings, self.options
-        assert settings.server is not None and settings.model is not None
-        names = {"temperature", "max_tokens", "chat_template_kwargs", "extra_body"}
-        sampling = Sampling(top_p=1, **options.model_dump(include=names))
-        return Server(
-            urls_of(settings.server),
-            RequestBody(settings.model, sampling, said=options.model_fields_set),
-            key_variable=settings.api_key_variable,
-            concurrency=settings.concurrency,
-            timeout=options.timeout,
-            retries=options.retries,
-        )
-
-    def _messages(self, judged: Judged) -> list[Message]:
-        turns = (f"{message['role']}: {message['content']}" for message in judged.prompt.messages)
-        text = self.options.prompt.format(
-            conversation="\n\n".join(turns),
+    def _text(self, judged: Judged) -> str:
+        return self.options.prompt.format(
+            conversation=conversation(judged.prompt),
             answer=judged.answer,
             reference=judged.prompt.reference or "",
             lowest=f"{self.options.lowest:g}",
             highest=f"{self.options.highest:g}",
         )
-        before = [] if self.options.system is None else [Message(role="system", content=self.options.system)]
-        return [*before, Message(role="user", content=text)]
 
 
 def grade_in(reply: Reply, options: Options) -> Score:
     """Return the last grade after the judge's thoughts; or the whole reply, where it is nothing but a number."""
-    said = reply.text.rpartition(THOUGHTS)[2]
+    said = said_in(reply)
     grades = list(GRADE.finditer(said)) or [match for match in [ALONE.fullmatch(said)] if match]
     if not grades:
-        cut = f" (it was cut at {options.max_tokens} tokens)" if reply.finish == "length" else ""
-        return Score(None, f"no grade in the judge's reply{cut}: …{shortened(said.strip()[-100:])}")
+        return Score(None, nothing_in(reply, "grade", options))
     number, of = grades[-1].groups()
     if of is not None and float(of) != options.highest:
         return Score(None, f"a grade on another scale: {shortened(grades[-1].group())}")

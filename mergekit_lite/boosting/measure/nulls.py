@@ -23,7 +23,7 @@ from mergekit_lite.boosting.candidates.candidate import ItemRow, cluster_of
 from mergekit_lite.boosting.measure.scores import ScoreSpec
 from mergekit_lite.errors import counted
 
-JUDGE = "judge"
+JUDGES = {"judge": 1, "pairwise": 2}  # and how often each is asked for a verdict
 ASKED = 16  # prompts that each constant answer is graded on
 LEAST = 8  # of them, with both grades, to say anything
 CONSTANTS = (  # by what they are called
@@ -43,13 +43,13 @@ CONSTANTS = (  # by what they are called
 
 def tested(scores: Sequence[ScoreSpec]) -> list[ScorerSettings]:
     """Return the judges among the scores that have a null test: those whose highest grades are best."""
-    found = [score.scorer for score in scores if score.scorer is not None and score.kind == JUDGE]
+    found = [score.scorer for score in scores if score.scorer is not None and score.kind in JUDGES]
     return [settings for settings in found if not settings.minimise]
 
 
 def described(scores: Sequence[ScoreSpec]) -> str:
     """Say what the null tests ask, or nothing where there is none."""
-    requests = len(tested(scores)) * len(CONSTANTS) * ASKED
+    requests = sum(JUDGES[judge.kind] for judge in tested(scores)) * len(CONSTANTS) * ASKED
     return f"{len(CONSTANTS)} constant answers to {ASKED} prompts, {requests} requests" if requests else ""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from mergekit_lite.answers.intervals import Interval, difference, interval, paired
 from mergekit_lite.answers.thoughts import parted
+from mergekit_lite.answers.traits import Compared, Reasons, preferred, reasons
 from mergekit_lite.boosting.candidates.candidate import ItemRow, Params, cluster_of, label
 from mergekit_lite.boosting.search import guards as guarding
 from mergekit_lite.boosting.search.guards import Guards, Limits
@@ -162,8 +163,21 @@ def _win_rates(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], score: 
     return win_rates(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
 
 
+def why(params: Params, items: Sequence[str], study: Study, settings: Settings) -> Reasons | None:
+    """Return why a candidate's answers are preferred to the baseline's, or aren't; None for few answers."""
+    rows, base = study.rows(params, items), study.rows(settings.baseline, items)
+    return reasons(
+        [
+            Compared(row["text"], base[item]["text"], better)
+            for item, row in rows.items()
+            if "text" in row
+            and "text" in base.get(item, {})
+            and (better := _preferred(row, base[item], settings.score)) is not None
+        ]
+    )
+
+
 def _preferred(ours: ItemRow, theirs: ItemRow, score: str) -> float | None:
     if "judged" in ours:
         return ours["judged"]
-    a, b = ours["values"].get(score), theirs["values"].get(score)
-    return None if a is None or b is None else (a > b) + (a == b) / 2
+    return preferred(ours["values"].get(score), theirs["values"].get(score))

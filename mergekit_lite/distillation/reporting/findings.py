@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import read_rows
+from mergekit_lite.answers.traits import Reasons
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
 from mergekit_lite.distillation.reporting import curves
@@ -265,6 +266,25 @@ def _comparison_json(comparison: HeldOutComparison | None) -> dict[str, Any] | N
                 "beyond_noise": difference.beyond_noise,
             }
             for difference in comparison.differences
+        ],
+        "reasons": {scorer: _reasons_json(why) for scorer, why in comparison.reasons.items()},
+    }
+
+
+def _reasons_json(why: Reasons) -> dict[str, Any]:
+    return {
+        "prompts": why.prompts,
+        "win_rate": why.win_rate,
+        "alike": _interval_json(why.alike),
+        "traits": [
+            {
+                "trait": effect.trait,
+                "after": effect.ours,
+                "before": effect.theirs,
+                "weight": _interval_json(effect.weight),
+                "part": effect.part,
+            }
+            for effect in why.effects
         ],
     }
 

@@ -22,6 +22,7 @@ from mergekit_lite.answers.prompts import load
 from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, read_rows, seed_of, write_text
 from mergekit_lite.answers.scoring.registry import kind_of
 from mergekit_lite.answers.thoughts import is_cut, parts_of
+from mergekit_lite.answers.traits import Compared, Reasons, preferred, reasons
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
 from mergekit_lite.distillation.recipe.choosing import ChosenPrompts
@@ -96,6 +97,24 @@ class HeldOutComparison:
     def difference(self, model: str, other: str, metric: str) -> Interval:
         """Return the mean of model − other, paired by prompt, with its 95 % interval."""
         return difference(self._by_prompt(model, metric), self._by_prompt(other, metric))
+
+    @cached_property
+    def reasons(self) -> dict[str, Reasons]:
+        """Why the last model's answers are preferred to the first's, or aren't, by scorer; empty for few prompts."""
+        first, *_, last = self.answers
+        found = {scorer: reasons(self._compared(last, first, scorer)) for scorer in self.scorers}
+        return {scorer: why for scorer, why in found.items() if why is not None}
+
+    def _compared(self, model: str, other: str, scorer: str) -> list[Compared]:
+        ours, theirs = self._by_prompt(model, scorer), self._by_prompt(other, scorer)
+        texts, others = self.answers[model].texts, self.answers[other].texts
+        return [
+            Compared(texts[prompt.id], others[prompt.id], better)
+            for prompt in self.prompts
+            if prompt.id in texts
+            and prompt.id in others
+            and (better := preferred(ours.get(prompt.id), theirs.get(prompt.id))) is not None
+        ]
 
     @property
     def domains(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import Prompt
+from mergekit_lite.answers.traits import HEADS
 from mergekit_lite.distillation.recipe.schema import Rounds
 from mergekit_lite.distillation.reporting.curves import Picture, ends, name_of
 from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, Findings, RoundFigures, model_name, with_ends
@@ -139,6 +140,7 @@ def _held_out(comparison: HeldOutComparison, picture: Picture) -> Iterator[Block
     columns = ["", "figure", "difference", "prompts", "beyond noise"]
     yield TableBlock("Differences", columns, list(_differences(comparison)))
     yield picture
+    yield from _reasons(comparison)
     if len(comparison.domains) > 1:
         rows = [
             [domain or "–", *_of_model(comparison, model, domain)]
@@ -146,6 +148,15 @@ def _held_out(comparison: HeldOutComparison, picture: Picture) -> Iterator[Block
             for model in comparison.answers
         ]
         yield TableBlock("By domain", ["domain", "model", *heads[1:]], rows)
+
+
+def _reasons(comparison: HeldOutComparison) -> Iterator[Block]:
+    *_, last = comparison.answers
+    for scorer, why in comparison.reasons.items():
+        yield Heading(f"What goes with a higher {scorer} of {model_name(last)}", 3)
+        yield why.told
+        rows: list[Sequence[Text]] = [[trait, *(Cell(*cell) for cell in cells)] for trait, cells in why.table]
+        yield TableBlock(f"Traits, {scorer}", HEADS, rows)
 
 
 def _of_model(comparison: HeldOutComparison, model: str, domain: str | None) -> list[Text]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def test_a_constant_answer_must_not_win(
             f"an imitation of the judge's form, the same whatever was asked, above the baseline's answer to {ASKED}"
             in (found["judge"])
         )
+
+
+@pytest.mark.parametrize("verdict", ["Better: B", "Better: tie"])
+def test_a_judge_of_pairs_is_asked_in_both_orders(verdict: str, tmp_path: Path) -> None:
+    """One that always takes the second answer, and one that finds all alike, let no constant win."""
+    prompts = [replace(prompt, reference="It is so.") for prompt in PROMPTS]
+    with fake_server(Fake(say=lambda text, seed: verdict)) as server:
+        scores = parse([f"pairwise:m,server={server.url}"])
+        tied = {prompt.id: ItemRow(item=prompt.id, values={"pairwise": 0.5}) for prompt in prompts}
+        found = null_tests(scores, prompts, tmp_path, tied)
+        assert found == {} and len(server.bodies) == 2 * len(CONSTANTS) * ASKED
+    assert f"{len(server.bodies)} requests" in described(scores)
 
 
 def test_only_judges_whose_high_grades_are_good_are_tested(tmp_path: Path) -> None:
