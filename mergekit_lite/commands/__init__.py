@@ -47,7 +47,8 @@ RESUMED = {  # commands that go on by themselves where they stopped, with what a
     "push": "What was uploaded is kept: the same command goes on.",
     "statistics": "What was finished is kept: the same command goes on.",
 }
-ONLY_PRINT = ("plan", "methods", "inspect", "compare", "preview", "estimate")  # commands that have failed if nobody could read them
+# Commands that have failed if nobody could read them.
+ONLY_PRINT = ("plan", "methods", "inspect", "compare", "preview", "estimate")
 LEFT_AT_ONCE = (
     "extrapolate", "merge", "upcycle", "plan", "verify", "methods", "inspect", "compare", "vector", "tokenizer", "moe",
     "statistics",
