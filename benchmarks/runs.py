@@ -110,7 +110,8 @@ def relex(place: Path, runs: int, quick: bool) -> tuple[Table, list[Run]]:
     """Measure RELEX and the linear merge of the same checkpoints in turns, after one of each that is not counted."""
     names = ("base", *(f"step-{step}" for step in STEPS))
     family = Family(place / "run", names, DPO_RMS, 4e7 if quick else 3.5e8)
-    family.make()
+    # by a process of its own: with torch in this one, no command could be measured below it
+    measured([sys.executable, "-m", "benchmarks.checkpoints", family.as_json()])
     base, *checkpoints = map(str, family.models)
     linear = {"merge_method": "linear", "models": [{"model": each} for each in checkpoints]}
     followed = {"merge_method": "relex", "base_model": base, "parameters": {"to_step": 500}} | {

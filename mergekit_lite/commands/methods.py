@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergekit_lite.methods import Method, Parameter
 
 ADAPTERS = (
-    "LoRA adapters of one base: any of these on their products, the result an adapter "
+    "LoRA adapters of one base: those that need no data, on their products, the result an adapter "
     "(mergekit-lite vector combine --space core)"
 )
 

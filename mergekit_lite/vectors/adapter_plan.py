@@ -76,6 +76,10 @@ def plan_adapters(
         raise UsageError("No adapter was given: mergekit-lite vector combine --space core --method ties ./a ./b -o ./c")
     named = [parse_addition(str(text)) for text in adapters]
     chosen = method_named(method)
+    if chosen.statistics:
+        raise UsageError(
+            f"{chosen.name} reads statistics, which are of whole models: merge those, each base+adapter, by a recipe."
+        )
     given = _with_weights(chosen, dict(parameters or {}), named)
     arguments = chosen.resolve(given, len(named), not chosen.merges_base)
     if arguments.get("trim") == "global":

@@ -207,6 +207,9 @@ def test_refusals_are_told_together(tmp_path: Path) -> None:
         combine_adapters(both, tmp_path / "out", "linear")
     with pytest.raises(UsageError, match="module by module"):
         combine_adapters(both, tmp_path / "out", "ties", {"trim": "global"})
+    for method in ("regmean", "fisher"):  # without statistics they would be averages under another name
+        with pytest.raises(UsageError, match=f"{method} reads statistics, which are of whole models"):
+            combine_adapters(both, tmp_path / "out", method)
     with pytest.raises(UsageError, match="takes no weights"):
         combine_adapters([both[0] + ":0.5", both[0]], tmp_path / "out", "sce")
     assert not (tmp_path / "out").exists()
