@@ -195,6 +195,9 @@ def test_another_momentum_is_refused_and_so_is_another_model(done: Path, tmp_pat
     shutil.rmtree(copy / "round-2" / "momentum")
     with pytest.raises(UsageError, match=r"The step in .*round-1/momentum was taken in another way"):
         add_momentum(round_of(changed.model_copy(update={"folder": copy}), 2), Reporter())
+    other = recipe.model_copy(update={"folder": copy, "target": str(trained_in(round_of(recipe, 2)))})
+    with pytest.raises(UsageError, match="weights before: was "):
+        add_momentum(round_of(other, 2), Reporter())
     assert not (copy / "round-2" / "momentum").exists()
 
 
