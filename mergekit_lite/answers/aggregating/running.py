@@ -158,7 +158,7 @@ class _Running:
                     each.item.fusions.append((each.call.messages, reply))
             sent = came
         doubted = sum(any(draft.doubted for draft in item.drafts) for item in live)
-        if doubted:
+        if doubted and any(step.step == "verify" for step in steps):  # later layers hand such drafts on
             self.reports.warn(
                 f"{self.title}: none of the drafts found correct for {doubted:,} of {len(live):,}: all go on"
             )

@@ -244,15 +244,17 @@ def test_drafts_that_are_all_found_incorrect_go_on_and_cut_answers_are_told(fake
     layers = [
         {"step": "generate", "model": ["a", "b"]},
         {"step": "verify", "model": "c"},
+        {"step": "rank", "model": "c", "keep": 2},
         {"step": "fuse", "model": "a"},
     ]
     fake.reply = lambda body: "Verdict: incorrect" if "Verdict: correct" in str(body["messages"]) else reply(body)
     prompts = [*PROMPTS, {"id": "long", "prompt": "A long one?"}]
     code, _, error = answer(place(tmp_path, fake.url, layers, prompts))
-    assert code == 0 and "layer 2 of 3: none of the drafts found correct for 4 of 4: all go on" in error
+    assert code == 0 and "layer 2 of 4: none of the drafts found correct for 4 of 4: all go on" in error
+    assert error.count("found correct") == 1
     assert "1 answer of 4 cut at max_tokens" in error
     answers = rows(tmp_path / "answers.jsonl")
-    assert [row["response"] for row in answers] == [naive(prompt, [layers[0], layers[2]]) for prompt in prompts]
+    assert [row["response"] for row in answers] == [naive(prompt, [layers[0], *layers[2:]]) for prompt in prompts]
     assert [row.get("cut") for row in answers] == [None, None, None, True]
 
 
