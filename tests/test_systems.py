@@ -46,8 +46,8 @@ class Row(NamedTuple):
 
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
-        """The keys of a recipe that it names: the objective, the rule."""
-        return tuple(re.findall(r"`(objective|rule): (\w+)`", self.here))
+        """The keys of a recipe that it names: the objective, the rule, …"""
+        return tuple(re.findall(r"`(objective|rule|reference|kind): (\w+)`", self.here))
 
 
 ROWS = [Row(*line[2:-2].split(" | ")) for line in PAGE.splitlines() if re.match(r"\| \d", line)]
@@ -74,6 +74,9 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     rows: dict[str, list[dict[str, object]]] = {
         "dev.jsonl": [{"prompt": question, "reference": "1"} for question in questions],
         "prefs.jsonl": [{"prompt": question, "chosen": "It is one.", "rejected": "no"} for question in questions],
+        "judged.jsonl": [
+            {"instruction": question, "output": "two", "judgment": "It is one."} for question in questions
+        ],
     }
     for name, lines in rows.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -134,7 +137,8 @@ def test_commands(command: str, keys: tuple[tuple[str, str], ...], place: Path) 
 def test_training(command: str, keys: tuple[tuple[str, str], ...], place: Path) -> None:
     carry_out(command, keys, place, whole=True)
     (folder,) = re.findall(r"run (\w+)\.yaml", command)
-    assert (place / folder / "train" / "preference" / "config.json").exists()
+    trained = {"rounds": "rounds/round-2/train/preference", "noise": "noise/train/sft", "cut": "cut/train/sft"}
+    assert (place / trained.get(folder, f"{folder}/train/preference") / "config.json").exists()
 
 
 def test_every_paper_has_a_row() -> None:
