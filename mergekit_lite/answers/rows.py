@@ -173,6 +173,11 @@ def with_system(messages: Sequence[Message], system: str | None) -> tuple[Messag
     return (*before, *messages)
 
 
+def given_text(messages: Sequence[Message]) -> str:
+    """Return the beginning of the answer, where a conversation ends with it: its answer goes on from there. Else ""."""
+    return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+
+
 def _has_system(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[0]["role"] == "system"
 

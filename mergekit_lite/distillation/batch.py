@@ -99,6 +99,8 @@ def _source(recipe: Recipe, name: str | None, reporter: Reporter) -> SourceTasks
     asked = planned[name]
     if asked.source.one_request:
         raise UsageError(f"{name}: a batch has one answer a request: take `one_request` out.")
+    if asked.source.continues is not None:
+        raise UsageError(f"{name}: batch services don't go on from the beginning of an answer: serve it here.")
     if asked.source.in_context is not None:
         raise UsageError(
             f"{name}: a batch asks for turns of a chat, `in_context` for the end of a text: serve it here."

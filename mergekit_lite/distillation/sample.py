@@ -1,14 +1,15 @@
 """The sample stage: prompts × sources × samples, as ledgers of answers.
 
-Sources behind servers are asked concurrently, those in this process one after the other. ``samples/SOURCE.json`` holds
-the settings of a source's answers, so that answers drawn with different settings are never in one file.
+Sources behind servers are asked concurrently, those in this process one after the other; then those that go on from
+another one's answers. ``samples/SOURCE.json`` holds the settings of a source's answers, so that answers drawn with
+different settings are never in one file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from mergekit_lite.answers.asking import Notes, Task, reasons, repeated, urls_of
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.offline import Offline
-from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, own_systems, read_rows, seed_of
+from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, given_text, own_systems, read_rows, seed_of
 from mergekit_lite.answers.server import Served, answers_of
+from mergekit_lite.distillation.continuing import begun, ledger_of
 from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
@@ -46,6 +48,7 @@ class SourceTasks:
     source: RecipeSource
     tasks: tuple[Task, ...]
     ledger: Ledger[Key]
+    lost: Mapping[Key, str] = field(default_factory=dict)  # why some can't be asked for
 
 
 def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ray: str | None = None) -> None:
@@ -77,21 +80,21 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ra
     unfinished = [each for each in planned if each.ledger.missing]
     aggregates = [each for each in unfinished if each.source.aggregate is not None]
     unfinished = [each for each in unfinished if each.source.aggregate is None]
-    behind_servers = [each for each in unfinished if each.source.server is not None]
-    missing: list[str] = []
-    for group in (behind_servers, *([each] for each in unfinished if each.source.server is None)):
-        missing += _ask(recipe, group, reporter, ray)
+    missing = _ask_all(recipe, [each for each in unfinished if each.source.continues is None], reporter, ray)
     for each in aggregates:
         if ray is not None:
             reporter.line(f"{each.source.name}: models that answer together are asked from this machine")
         missing += _aggregate(recipe, each, reporter, skip_missing)
+    planned = [each if each.source.continues is None else _begun(recipe, each, planned) for each in planned]
+    continuing = [each for each in planned if each.source.continues is not None and each.ledger.missing]
+    missing += _ask_all(recipe, continuing, reporter, ray)
     if missing and not skip_missing:
         raise RunError(
             listing("Answers are missing; all others are kept", missing) + "\nThe same command goes on and asks for "
             "what is missing. With --skip-missing the stage ends without it."
         )
     for each in planned:
-        answers = len(each.tasks) - len(each.ledger.missing)
+        answers = len(each.ledger.expected) - len(each.ledger.missing)
         each.ledger.finish(with_missing=skip_missing)
         reporter.line(f"{each.source.name}: {counted(answers, 'answer')} in {each.ledger.path}")
         for remark in remarks(each.source, each.ledger.rows()):
@@ -187,6 +190,28 @@ def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt
     return SourceTasks(source, tasks, Ledger(path, [task.key for task in tasks], key_of, ANSWER))
 
 
+def _begun(recipe: Recipe, asked: SourceTasks, planned: Iterable[SourceTasks]) -> SourceTasks:
+    """Return a source's tasks with the beginnings that another source has said by now."""
+    continues = asked.source.continues
+    assert continues is not None
+    path = Folder(recipe.folder).samples(continues.source)
+    others = next((each.ledger.rows() for each in planned if each.source.name == continues.source), None)
+    rows = (line.row for line in read_rows(path, [], ANSWER)) if others is None else others
+    tasks, lost = begun(continues, asked.tasks, rows)
+    beginnings = {task.key: given_text(task.prompt.messages) for task in tasks}
+    ledger = ledger_of(asked.ledger.path, asked.ledger.expected, beginnings)
+    return SourceTasks(asked.source, tuple(tasks), ledger, lost)
+
+
+def _ask_all(recipe: Recipe, asked: Sequence[SourceTasks], reporter: Reporter, ray: str | None) -> list[str]:
+    """Ask servers at the same time, then the models in this process one after the other."""
+    behind_servers = [each for each in asked if each.source.server is not None]
+    missing: list[str] = []
+    for group in (behind_servers, *([each] for each in asked if each.source.server is None)):
+        missing += _ask(recipe, group, reporter, ray)
+    return missing
+
+
 def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: str | None = None) -> list[str]:
     """Ask one source in this process, or all servers. Returns a message for each source that answers are missing of."""
     planned = {each.source.name: each for each in group}
@@ -197,7 +222,8 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: 
     with ExitStack() as stack:
         respondents = {each.source.name: stack.enter_context(respondent(recipe, each.source)) for each in group}
         for each in group:
-            name, total = each.source.name, len(each.tasks)
+            name, total = each.source.name, len(each.ledger.expected)
+            respondents[name].failures.lost.update(each.lost)
             advance[name] = stack.enter_context(reporter.progress(name, total, total - len(each.ledger.missing)))
             stack.callback(each.ledger.close)
         notes = Notes(respondents, reporter.warn)
@@ -249,7 +275,8 @@ def _failures(recipe: Recipe, asked: SourceTasks, who: Served | Local, reporter:
     if (said := repeated(failures)) is not None:
         reporter.line(f"{source.name}: {said}")
     if missing := len(asked.ledger.missing):
-        message = f"{source.name}: {missing:,} of {len(asked.tasks):,}. {failures.stopped or reasons(failures.lost)}"
+        why = failures.stopped or reasons(failures.lost)
+        message = f"{source.name}: {missing:,} of {len(asked.ledger.expected):,}. {why}"
         if source.name == TARGET and source.server is not None:
             urls = ", ".join(urls_of(source.server))
             message += f" The server {urls} has to serve {_trained(recipe)} as {source.model}."
@@ -302,6 +329,7 @@ def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
         "engine": None if source.engine == "transformers" else source.engine,
         "engine_options": source.engine_options or None,
         "one_request": source.one_request or None,
+        "continues": source.continues and source.continues.model_dump(mode="json"),
         "system": source.system,
         "in_context": examples and xxh3_64_hexdigest(examples.encode()),
         "seed": _seed(recipe, source),

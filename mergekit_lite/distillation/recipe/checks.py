@@ -9,6 +9,7 @@ from mergekit_lite.answers.aggregating.recipe import wrong_aggregate
 from mergekit_lite.answers.asked_model import wrong_model
 from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, not_named, one_origin, wrong_sampling
 from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
+from mergekit_lite.distillation.recipe.continuing import continuing_problems
 from mergekit_lite.distillation.recipe.fusing import fusing_problems
 from mergekit_lite.distillation.recipe.rounds import rounds_problems
 from mergekit_lite.distillation.recipe.schema import (
@@ -50,6 +51,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
     yield from _given_scores(recipe)
     yield from _target_source(recipe)
+    yield from continuing_problems(recipe)
     yield from rounds_problems(recipe)
     yield from _report(recipe)
 

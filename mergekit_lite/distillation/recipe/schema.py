@@ -46,11 +46,19 @@ class GivenRows(Strict):
     preference: tuple[Data, ...] = ()
 
 
+class Continues(Strict):
+    """Begins a source's answers by what another source has said."""
+
+    source: str  # the other one's name
+    share: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)]  # of its answer, in turn
+
+
 class RecipeSource(AskedModel):
     """A model that answers prompts; several that answer together; or answers that are there."""
 
     answers: tuple[GivenAnswers, ...] = ()  # instead of a model
     aggregate: Aggregate | None = None  # instead of a model: several, and the layers of steps that they take
+    continues: Continues | None = None  # goes on from the beginnings of another source's answers
     one_request: bool = False  # for all answers to a prompt, as far as the server gives several (`n`)
     samples: Count = 5  # answers to each prompt
     samples_for: dict[str, Count] = Field(default={})  # overrides by domain
