@@ -20,7 +20,8 @@ from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.remarks import remarks
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import take_over
-from mergekit_lite.distillation.sample import SourceTasks, hold_source, plan, tell_systems
+from mergekit_lite.distillation.sample import hold_source, plan, tell_systems
+from mergekit_lite.distillation.tasks import SourceTasks
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
 ADDRESS = "/v1/chat/completions"

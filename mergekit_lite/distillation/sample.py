@@ -7,25 +7,25 @@ different settings are never in one file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers import respondents as answering
-from mergekit_lite.answers.aggregating.calls import settings_of
+from mergekit_lite.answers.aggregating.calls import Item, settings_of
+from mergekit_lite.answers.aggregating.messages import Draft
 from mergekit_lite.answers.aggregating.running import run
 from mergekit_lite.answers.asked_model import AskedModel, absent
 from mergekit_lite.answers.asking import Notes, Task, reasons, repeated, urls_of
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.offline import Offline
-from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, given_text, own_systems, read_rows, seed_of
+from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, own_systems, read_rows, seed_of
 from mergekit_lite.answers.server import Served, answers_of
-from mergekit_lite.distillation.continuing import begun, ledger_of
+from mergekit_lite.distillation.continuing import digest_of, with_beginnings, with_drafts
 from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
@@ -35,20 +35,11 @@ from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import take_over
 from mergekit_lite.distillation.settings import as_from, hold_settings
 from mergekit_lite.distillation.spreading import spread
+from mergekit_lite.distillation.tasks import SourceTasks
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.ray_cluster import workers_of
 from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.errors import RunError, UsageError, counted, listing
-
-
-@dataclass(frozen=True)
-class SourceTasks:
-    """A source, all answers it has to give, and the ledger of those it gave."""
-
-    source: RecipeSource
-    tasks: tuple[Task, ...]
-    ledger: Ledger[Key]
-    lost: Mapping[Key, str] = field(default_factory=dict)  # why some can't be asked for
 
 
 def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ray: str | None = None) -> None:
@@ -81,13 +72,15 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ra
     aggregates = [each for each in unfinished if each.source.aggregate is not None]
     unfinished = [each for each in unfinished if each.source.aggregate is None]
     missing = _ask_all(recipe, [each for each in unfinished if each.source.continues is None], reporter, ray)
-    for each in aggregates:
-        if ray is not None:
-            reporter.line(f"{each.source.name}: models that answer together are asked from this machine")
-        missing += _aggregate(recipe, each, reporter, skip_missing)
-    planned = [each if each.source.continues is None else _begun(recipe, each, planned) for each in planned]
+    missing += _aggregate_all(
+        recipe, [each for each in aggregates if not each.source.drafts], reporter, skip_missing, ray
+    )
+    planned = [each if each.source.continues is None else with_beginnings(recipe, each, planned) for each in planned]
     continuing = [each for each in planned if each.source.continues is not None and each.ledger.missing]
     missing += _ask_all(recipe, continuing, reporter, ray)
+    planned = [each if each.source.drafts is None else with_drafts(recipe, each, planned) for each in planned]
+    refining = [each for each in planned if each.source.drafts and each.ledger.missing]
+    missing += _aggregate_all(recipe, refining, reporter, skip_missing, ray)
     if missing and not skip_missing:
         raise RunError(
             listing("Answers are missing; all others are kept", missing) + "\nThe same command goes on and asks for "
@@ -190,17 +183,16 @@ def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt
     return SourceTasks(source, tasks, Ledger(path, [task.key for task in tasks], key_of, ANSWER))
 
 
-def _begun(recipe: Recipe, asked: SourceTasks, planned: Iterable[SourceTasks]) -> SourceTasks:
-    """Return a source's tasks with the beginnings that another source has said by now."""
-    continues = asked.source.continues
-    assert continues is not None
-    path = Folder(recipe.folder).samples(continues.source)
-    others = next((each.ledger.rows() for each in planned if each.source.name == continues.source), None)
-    rows = (line.row for line in read_rows(path, [], ANSWER)) if others is None else others
-    tasks, lost = begun(continues, asked.tasks, rows)
-    beginnings = {task.key: given_text(task.prompt.messages) for task in tasks}
-    ledger = ledger_of(asked.ledger.path, asked.ledger.expected, beginnings)
-    return SourceTasks(asked.source, tuple(tasks), ledger, lost)
+def _aggregate_all(
+    recipe: Recipe, asked: Iterable[SourceTasks], reporter: Reporter, skip_missing: bool, ray: str | None
+) -> list[str]:
+    """Have aggregates answer, one after the other."""
+    missing: list[str] = []
+    for each in asked:
+        if ray is not None:
+            reporter.line(f"{each.source.name}: models that answer together are asked from this machine")
+        missing += _aggregate(recipe, each, reporter, skip_missing)
+    return missing
 
 
 def _ask_all(recipe: Recipe, asked: Sequence[SourceTasks], reporter: Reporter, ray: str | None) -> list[str]:
@@ -292,17 +284,34 @@ def _aggregate(recipe: Recipe, asked: SourceTasks, reporter: Reporter, skip_miss
         return answering.respondent(model, model.model, folder.server_log(f"{source.name}.{model.name}"))
 
     path = folder.steps(source.name)
-    found = run(source.aggregate, asked.tasks, path, opened, reporter, name=source.name, skip_missing=skip_missing)
+    begin = {key: (draft,) for key, draft in asked.drafts.items()}
+    found = run(
+        source.aggregate,
+        asked.tasks,
+        path,
+        opened,
+        reporter,
+        name=source.name,
+        skip_missing=skip_missing,
+        begin=begin,
+    )
+    if asked.lost:
+        found.missing.append(
+            f"{source.name}: {counted(len(asked.lost), 'answer')} can't be made: {reasons(asked.lost)}"
+        )
     for message in found.missing if skip_missing else ():
         reporter.warn(message)
     try:
-        asked.ledger.append(
-            Answer(item.task.prompt.id, source.name, item.task.index, *item.drafts[0].reply).as_row()
-            for item in found.answered
-        )
+        asked.ledger.append(_made(source.name, item, asked.drafts.get(item.task.key)) for item in found.answered)
     finally:
         asked.ledger.close()
     return found.missing
+
+
+def _made(source: str, item: Item, draft: Draft | None) -> dict[str, Any]:
+    """Return the row of an aggregate's answer."""
+    row = Answer(item.task.prompt.id, source, item.task.index, *item.drafts[0].reply).as_row()
+    return row if draft is None else {**row, "draft": digest_of(draft)}
 
 
 def hold_source(recipe: Recipe, source: RecipeSource) -> None:
@@ -321,7 +330,7 @@ def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
     if source.aggregate is not None:
         models = {each.name: settings_of(each, recipe.folder) for each in source.aggregate.models}
         layers = source.aggregate.model_dump(mode="json", exclude_unset=True)["layers"]
-        return {"aggregate": {"models": models, "layers": layers}, "seed": recipe.seed}
+        return {"aggregate": {"models": models, "layers": layers}, "drafts": source.drafts, "seed": recipe.seed}
     model, examples = _model(recipe, source), source.examples()
     return {
         "model": as_from(recipe.folder, model) if Path(model).is_absolute() else model,

@@ -2,13 +2,16 @@
 
 The judge sees the conversation and the answer between tags and is asked to end with ``Grade: N``. The number is read
 from its reply, after its thoughts; a reply without a number, with a range, or with a number off the scale gives no
-score. Before you trust a judge, read its replies to an empty and to an absurd answer.
+score. Asked several ``times``, its score is the mean of the grades it gives, as in Self-Rewarding (Yuan et al. 2024,
+arXiv 2401.10020), where the model judges itself. Before you trust a judge, read its replies to an empty and to an
+absurd answer.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from statistics import fmean
 from string import Formatter
 from typing import Annotated, Any
 
@@ -52,6 +55,7 @@ class Options(ScorerOptions):
     system: str | None = None  # a system prompt
     lowest: float = 1
     highest: float = 10
+    times: Positive = 1  # so often each answer is judged, with other seeds; the score is the mean
     temperature: Annotated[float, Field(ge=0)] = 0
     max_tokens: Positive = 1024
     chat_template_kwargs: dict[str, Any] | None = None  # for the chat template: {enable_thinking: false}
@@ -77,6 +81,8 @@ class Options(ScorerOptions):
     def _has_scale(self) -> Options:
         if self.lowest >= self.highest:
             raise ValueError(f"lowest is {self.lowest:g}, highest {self.highest:g}: expected a lower and a higher one")
+        if self.times > 1 and self.temperature == 0:
+            raise ValueError(f"at temperature 0 the judge says the same {self.times} times: raise the temperature")
         return self
 
 
@@ -97,18 +103,21 @@ class Judge(Scorer):
         """
         server = self._server()
         questions = [
-            Question(place, self._messages(each), seed_of("judge", each.prompt.id, each.answer))
+            Question((place, time), self._messages(each), seed_of("judge", each.prompt.id, each.answer, *again))
             for place, each in enumerate(judged)
+            for time, again in enumerate([(), *((time,) for time in range(1, self.options.times))])
         ]
         replies = {question.key: reply for _, question, reply in ask({server: questions})}
         if server.failures.stopped:
             raise RunError(f"The judge {self.name} was asked no more. {server.failures.stopped}")
-        return [
-            grade_in(replies[place], self.options)
-            if place in replies
-            else Score(None, f"the judge didn't answer: {server.failures.lost.get(place, 'no reply')}")
-            for place in range(len(judged))
+        grades = [
+            grade_in(replies[question.key], self.options)
+            if question.key in replies
+            else Score(None, f"the judge didn't answer: {server.failures.lost.get(question.key, 'no reply')}")
+            for question in questions
         ]
+        times = self.options.times
+        return [_mean(grades[start : start + times]) for start in range(0, len(grades), times)]
 
     def _server(self) -> Server:
         settings, options = self.settings, self.options
@@ -135,6 +144,12 @@ class Judge(Scorer):
         )
         before = [] if self.options.system is None else [Message(role="system", content=self.options.system)]
         return [*before, Message(role="user", content=text)]
+
+
+def _mean(grades: Sequence[Score]) -> Score:
+    """Return the mean of the grades there are; without any, the first reason why."""
+    values = [grade.value for grade in grades if grade.value is not None]
+    return Score(fmean(values)) if values else grades[0]
 
 
 def grade_in(reply: Reply, options: Options) -> Score:
