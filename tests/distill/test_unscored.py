@@ -12,7 +12,10 @@ from click.testing import CliRunner
 
 from mergekit_lite.answers.rows import write_rows
 from mergekit_lite.commands import main
+from mergekit_lite.distillation.prompts import read
 from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rounds import all_rounds, prompts_of
 from mergekit_lite.distillation.rules import Answers, Candidate, PreferencePair, Refusal, asked, crossed
 from mergekit_lite.yaml_document import RecipeError
 from tests.answers.fake_server import Fake, fake_server
@@ -95,6 +98,14 @@ def test_prompts_that_cant_have_system_messages_are_left_out_and_told(tmp_path: 
         "it has a system message already" in told and "fewer than two different" in told and "no list of texts" in told
     )
     assert len(rows(tmp_path, "prompts")) == 12
+
+
+def test_rounds_keep_the_system_messages_of_a_question_together(tmp_path: Path) -> None:
+    recipe = load(place(tmp_path, "http://127.0.0.1:9/v1", {"column": "systems"}, rounds={"number": 2}))
+    whole = read(recipe, Reporter())
+    parts = [prompts_of(each, whole) for each in all_rounds(recipe)]
+    assert [len(part) for part in parts] == [6, 6]
+    assert not {prompt.question for prompt in parts[0]} & {prompt.question for prompt in parts[1]}
 
 
 def candidate(source: str, index: int, score: float = 0.0, prompt: str = "", digest: int | None = None) -> Candidate:
