@@ -120,7 +120,7 @@ def test_few_files_in_a_store_keep_few_workers_busy(large: tuple[Plan, Costs]) -
     )
     assert as_many.merging == pytest.approx(3 * max(sizes) / net, rel=0.02)  # it reads three models
     assert more.merging == alone.merging == as_many.merging
-    slow = Costs(costs.kinds, {kind: replace(cost, points=tuple(point._replace(merging=1000 * point.merging)
+    slow = Costs(costs.kinds, {kind: replace(cost, points=tuple(point._replace(merging=1e-5 * point.elements)
                  for point in cost.points)) for kind, cost in costs.of_kind.items()}, 0.0)  # fmt: skip
     assert predict(plan, Cluster(8, len(sizes), net=net), 8, 1.0, slow).limit == "files"
     assert predict(plan, Cluster(8, 1, net=net), 8, 1.0, slow).limit == "compute"

@@ -6,8 +6,8 @@ given answers, on seven roads.
     on-policy     SFT for one epoch, then the student's own answers, of which the teachers say how likely they are
     FuseChat      a student for each teacher, by MinCE, and the three merged by SCE
 
-All are planned for as many tokens of responses. The teachers score the answers once. Then ``mergekit-lite distill`` does the rest
-with recipes that lie in the output folder.
+All are planned for as many tokens of responses. The teachers score the answers once. Then ``mergekit-lite distill``
+does the rest with recipes that lie in the output folder.
 """
 
 import random

@@ -112,7 +112,7 @@ def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: b
     rows = rows_at_once(head)
     # The last chunk, which isn't computed again, is a full one.
     counts = [each for each in (len(targets) % rows, *[rows] * (len(targets) // rows)) if each] or [0]
-    parts = list(zip(states.split(counts), targets.split(counts), strict=True))
+    parts = list(zip(torch.split(states, counts), torch.split(targets, counts), strict=True))
     chunks = [
         _chunk(head, *part, shape, squares, again=place < len(parts)) for place, part in enumerate(parts, start=1)
     ]

@@ -61,7 +61,8 @@ class BoostOptions(TypedDict, total=False):
         limit: most prompts, pairs and texts that are used.
         search: ``bracket`` for one alpha or a run (the default there), ``grid``, ``tpe`` (the default else) or
             ``cmaes``.
-        start: the bracket's first alpha; 0.5 by default. Of a run, as the others, a share of its last step: beyond it.
+        start: the bracket's first alpha; 0.5 by default. Of a run the bracket counts in its last checkpoint's steps,
+            beyond that checkpoint.
         step: the bracket's first step; ``start`` by default.
         final_step: the bracket's last step; by default it goes by the best alpha.
         grid: the grid's values by the name of what is tuned.

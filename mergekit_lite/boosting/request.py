@@ -343,7 +343,7 @@ def _searcher(request: Request, kind: str, family: Family, settings: Settings) -
     """Return what begins the search. Raises UsageError where it doesn't fit the tuned parameters."""
     if kind == "bracket":
         if not can_bracket(family):
-            raise UsageError("The bracket searches a pair's alpha or a run's to_step. For others: grid, tpe or cmaes.")
+            raise UsageError("The bracket searches one alpha of a pair, or a run's step. Else take grid, tpe or cmaes.")
         return _bracket(request, family)
     if kind == "grid":
         values = _grid(request.grid, family)

@@ -103,7 +103,7 @@ def open_statistics(reference: str, place: Path | None = None) -> Statistics:
     Raises:
         CheckpointError: it isn't there, is damaged, or holds something else.
     """
-    path = place or Path(reference).expanduser()
+    path = (place or Path(reference).expanduser()).resolve()  # workers elsewhere have other working folders
     if not path.is_file():
         raise CheckpointError(
             f"{reference}: is no file: `mergekit-lite statistics MODEL --prompts FILE -o OUT` writes it."
@@ -111,7 +111,6 @@ def open_statistics(reference: str, place: Path | None = None) -> Statistics:
     header = safetensors.read_header(path)
     if KEY not in header.metadata:
         raise CheckpointError(f"{reference}: holds no statistics: `mergekit-lite statistics` writes such files.")
-    path = path.resolve()
     checkpoint = Checkpoint(reference, path, (header.file,), header.tensors)
     checkpoint.check_names()
     try:

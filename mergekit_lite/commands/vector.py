@@ -276,7 +276,7 @@ def intruders(
 
     Of each matrix of BASE + ADAPTER the strongest singular directions are compared with those of BASE. Those that
     resemble none of them are made weaker: some of what fine-tuning forgot comes back. A matrix at a time is in memory,
-    three times in float64, for each of --threads.
+    some seven times in float64, for each of --threads.
     """
     from mergekit_lite.vectors.intruders import plan_intruders, run_intruders
 

@@ -262,6 +262,8 @@ def _in_order(models: Sequence[str], steps: Sequence[float]) -> tuple[list[str],
     """
     if len(models) < 2:
         raise UsageError("The path of a run takes two checkpoints or more.")
+    if min(steps) < 0:
+        raise UsageError(f"Steps are counted from 0, got {min(steps):g}.")
     differ(step=tuple(steps))
     ordered = sorted(zip(steps, models, strict=True))
     return [model for _, model in ordered], tuple(step for step, _ in ordered)

@@ -39,9 +39,9 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
     """
     loaded, reporter = load(Path(recipe)), reporter or Reporter()
     for each in each_round(loaded, reporter):
-        training.check(each)  # what would be refused hours later
+        teaching.check(each)  # what would be refused hours later
+        training.check(each)
         sampling.check(each, and_target=True)
-        teaching.check(each)
         _stages(each, reporter, skip_missing)
     reporter.line("[report]")
     return report(loaded, reporter)

@@ -103,8 +103,8 @@ def is_done(recipe: RoundRecipe) -> bool:
 def prompts_of(recipe: RoundRecipe, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Return a round's prompts of all: with ``split`` its part, of each domain as many as another round's, or one less.
 
-    Which part a prompt is in depends on the seed and its id, and on the ids of its domain. A question that is asked
-    under several system messages is in one part.
+    Which part a prompt is in depends on the seed and on the ids and domains of all, not on their order. A question that
+    is asked under several system messages is in one part.
 
     Raises:
         UsageError: there are fewer prompts than rounds.

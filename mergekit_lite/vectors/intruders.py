@@ -11,9 +11,9 @@ it learnt. The same as peft's ``reduce_intruder_dimension`` (0.21), but for this
 layers that store their weights transposed are taken the other way round; here outputs are always the left side. A
 direction that W doesn't have at all, its singular value being zero, resembles nothing.
 
-The singular vectors follow from the smaller Gram matrix in float64, a weight at a time: two eigendecompositions of
-min(m, n)², and three matrices of (m, n). On the adapter's side all is small: its factors, with a column and a row more
-for each intruder, are cut in their core space (``spaces``).
+The singular vectors follow from the smaller Gram matrix in float64, a weight at a time: two eigendecompositions, for
+which some seven matrices of its size are in memory. On the adapter's side all is small: its factors, with a column and
+a row more for each intruder, are cut in their core space (``spaces``).
 """
 
 from __future__ import annotations

@@ -168,6 +168,11 @@ def read_manifest(output: Path) -> tuple[Manifest, bool]:
             f"{path}: is of vector extract, whose outputs verify can't make again. What holds the vector to the models "
             "is to apply it to its base and compare: vector apply BASE VECTOR -o OUT, then compare TUNED OUT."
         )
+    if "combines" in content or "intruders_of" in content:
+        raise MergekitLiteError(
+            f"{path}: is of an adapter, which verify can't make again. The command that made it, with --resume, "
+            "holds its bytes to this manifest: it leaves them as they are, or says that they are not its result."
+        )
     try:
         as_written = written == text_of(content).encode()
         return Manifest.model_validate(content), as_written and content.get(SEAL) == seal(content)

@@ -325,7 +325,7 @@ def test_everything_wrong_with_a_request_is_told_at_once(models: Path, tmp_path:
         (("pairs",), {}, "needs --pairs"),
         ((), {}, "What are candidates scored by?"),
         (("log_ratio",), {"prompts": (models / "prompts.jsonl",), "serve_command": "x"}, "no --serve-command"),
-        (("pairs",), {"pairs": models / "pairs.jsonl", "sft": None}, "exactly one of the two"),
+        (("pairs",), {"pairs": models / "pairs.jsonl", "sft": None}, "exactly one"),
         (("pairs",), {"pairs": models / "prompts.jsonl"}, "prompts.jsonl:1: 'chosen' is 'None'"),
         (("lm-eval:gsm8k",), {}, "pip install lm_eval"),
         (("judge:m",), {"prompts": (models / "prompts.jsonl",)}, "needs 'server'"),

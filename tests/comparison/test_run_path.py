@@ -155,6 +155,7 @@ def test_the_screen_json_picture_and_page_tell_the_path(place: Path, tmp_path: P
     [
         (["base", "run", "--run", "--steps", "1,2"], "a step for each of the 4 checkpoints"),
         (["base", "run/step-20", "run/step-25", "--run", "--steps", "5,5"], "Two checkpoints have step 5"),
+        (["base", "run/step-20", "run/step-25", "--run", "--steps=-5,6"], "Steps are counted from 0"),
         (["base", "run/step-20", "run/step-25", "--steps", "5,6"], "compare with --run"),
         (["base", "base", "--run"], "holds no checkpoints"),
         (["base", "none/*", "--run"], "none/*: matches no file or folder"),

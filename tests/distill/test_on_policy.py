@@ -364,7 +364,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
 
 
 def test_teachers_are_looked_at_before_anything_is_written(tmp_path):
-    with pytest.raises(UsageError, match="strong: .*nowhere is no folder"):
+    with pytest.raises(UsageError, match=r"strong: .*nowhere is no folder"):
         trained(recipe(tmp_path, [{"name": "strong", "model": str(tmp_path / "nowhere")}]))
     assert not (tmp_path / "out" / "train").exists()
 

@@ -314,7 +314,7 @@ def without_files(**changes: Any) -> Recipe:
 
 
 def test_parts_of_the_prompts() -> None:
-    """Each prompt is in one part, parts are even in each domain, and neither order nor other domains matter."""
+    """Each prompt is in one part, parts are even in each domain, and the order of the data doesn't matter."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -403,6 +403,11 @@ WRONG = [
     ("0.3, 0.15", "0.3, 30", "expected less than or equal to 1"),
     ("train:\n", "report: {servers: {rond-2: x}}\ntrain:\n", "no model is named 'rond-2'. Did you mean 'round-2'?"),
     ("train:\n", "report: {servers: {sft: x}}\ntrain:\n", "There are: untrained, round-1, round-2, round-3"),
+    (
+        "train:\n",
+        "teachers: [{name: t, model: org/target}]\ntrain:\n  fuse: {learning_rate: 1e-5, objective: alm}\n",
+        "3:9: the teacher t is the target, which is another model in each round",
+    ),
     ("momentum: 0.3", "momentum: -0.3", "expected greater than or equal to 0"),
     ("objective: dpo", "objective: simpo", "3:32: 'reference' has no effect here: simpo has none"),
     ("objective: dpo", "objective: dpo, reference: org/x", "3:32: 'train.preference' names a 'reference' already"),

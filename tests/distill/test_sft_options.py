@@ -282,6 +282,10 @@ def test_given_rows_keep_judgments_and_own_answers(tmp_path):
     assert [row.get("judgment") for row in sft] == ["It is 4.", None]
     (preference,) = (json.loads(line) for line in (tmp_path / "pairs" / "preference.jsonl").read_text().splitlines())
     assert preference["own"] == {"text": "three"}
-    pairs.write_text(json.dumps({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}) + "\n")
-    with pytest.raises(UsageError, match="no 'own', the model's own answer, which the objective needs"):
-        pair(Recipe.model_validate({"folder": tmp_path, "target": "t", "rows": given, "train": train}), Reporter())
+    for wrong, told in (
+        ({}, "no 'own', the model's own answer, which the objective needs"),
+        ({"own": {}}, "an answer is"),
+    ):
+        pairs.write_text(json.dumps({"prompt": "2 + 2?", "chosen": "4", "rejected": "5", **wrong}) + "\n")
+        with pytest.raises(UsageError, match=told):
+            pair(Recipe.model_validate({"folder": tmp_path, "target": "t", "rows": given, "train": train}), Reporter())

@@ -59,7 +59,7 @@ def regmean(
 
 
 @pytest.mark.parametrize("tokens", [50, 3])
-@pytest.mark.parametrize("ridge", [1e-6, 0.1])
+@pytest.mark.parametrize("ridge", [1e-4, 0.1])
 def test_regmean_is_its_formula(tokens: int, ridge: float) -> None:
     """With fewer tokens than inputs, too, where the released code has no inverse."""
     models, own, weight = [drawn(seed, 5, 8) for seed in range(3)], grams(range(3), 8, tokens), [1.0, 0.5, 2.0]
@@ -109,6 +109,19 @@ def test_inputs_that_no_model_saw_get_the_average() -> None:
     np.testing.assert_allclose(merged[:, 2], (models[0] + models[1])[:, 2] / 2, rtol=1e-12)
     nothing = merge_tensors("regmean", None, models, statistics=[torch.zeros(6, 6)] * 2)
     np.testing.assert_allclose(nothing, (models[0] + models[1]) / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 10.0])
+def test_the_default_ridge_bears_the_rounding_of_what_is_stored(share: float) -> None:
+    """With fewer tokens than inputs, one that is huge, and all of them off their centre."""
+    own = []
+    for seed in range(2):
+        x = (drawn(seed, 150, 300) + share * drawn(10 + seed, 300)).float()
+        x[:, 3] *= 100
+        own.append(x.mT @ x / len(x))
+    models = [drawn(seed, 4, 300) for seed in range(2)]
+    assert min(float(torch.linalg.eigvalsh(gram.double())[0]) for gram in own) < 0
+    assert bool(torch.isfinite(merge_tensors("regmean", None, models, statistics=own)).all())
 
 
 def test_where_nothing_is_sure_fisher_averages() -> None:

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from mergekit_lite.commands import main
 from mergekit_lite.commands.vector import command
 from mergekit_lite.vectors.intruders import likeness, reduce_intruders, without_intruders
 from mergekit_lite.vectors.spaces import Product
@@ -149,6 +150,20 @@ def test_the_command_tells_and_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == before
 
 
+def test_verify_says_what_holds_an_adapter_to_its_manifest(tmp_path: Path) -> None:
+    base, adapter = written(tmp_path)
+    arguments = ["vector", "intruders", str(base), str(adapter), "-o", str(tmp_path / "out"), "-q"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    told = CliRunner().invoke(main, ["verify", str(tmp_path / "out")])
+    assert told.exit_code == 1 and "is of an adapter" in told.stderr and "damaged" not in told.stderr
+    assert CliRunner().invoke(main, [*arguments, "--resume"]).exit_code == 0
+    with (tmp_path / "out/adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    damaged = CliRunner().invoke(main, [*arguments, "--resume"])
+    assert damaged.exit_code == 2 and "is not the result of this run" in damaged.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -164,8 +179,6 @@ def test_the_command_tells_and_resumes(tmp_path: Path) -> None:
 def test_wrong_use_is_refused_before_anything_is_written(options: list[str], said: str, tmp_path: Path) -> None:
     base, adapter = written(tmp_path)
     before = set(tmp_path.iterdir())
-    from mergekit_lite.commands import main
-
     ran = CliRunner().invoke(
         main, ["vector", "intruders", str(base), str(adapter), "-o", str(tmp_path / "o"), *options]
     )
@@ -174,8 +187,6 @@ def test_wrong_use_is_refused_before_anything_is_written(options: list[str], sai
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    from mergekit_lite.commands import main
-
     base, adapter = written(tmp_path)
 
     def said(*arguments: Path) -> str:

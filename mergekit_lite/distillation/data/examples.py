@@ -239,7 +239,7 @@ def _answer(given: object) -> Given:
 
 def _own(given: Mapping[str, Any]) -> Given:
     return Given(
-        _text(given["text"], "an answer"),
+        _text(given.get("text"), "an answer"),
         model=str(given.get("source") or ""),
         score=_number(given.get("score")),
         ended=given.get("cut") is not True,

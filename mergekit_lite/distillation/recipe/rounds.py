@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_lite.answers.problems import Problem
+from mergekit_lite.distillation.recipe.fusing import pivots
 from mergekit_lite.distillation.recipe.schema import Recipe, Rounds
 from mergekit_lite.errors import counted
 
@@ -24,6 +25,12 @@ def rounds_problems(recipe: Recipe) -> Iterator[Problem]:
     if rounds.replay and not recipe.train.reads_rows:
         yield Problem((*at, "replay"), "'replay' has no effect here: no training reads rows")
     yield from _reference(recipe, rounds)
+    if recipe.train.fuse is not None:
+        for teacher in pivots(recipe):
+            text = (
+                f"the teacher {teacher.name} is the target, which is another model in each round: leave one of them out"
+            )
+            yield Problem(at, text)
     own = recipe.target_source
     if own is not None and own.server is not None and ROUND not in own.model:
         text = f"each round needs the model of the one before served: put {ROUND} into its 'model', or take 'serve'"

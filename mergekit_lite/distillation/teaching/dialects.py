@@ -182,7 +182,7 @@ class Echo:
         if self.text is not None and type(read) is int and read != len(sent):
             raise self._other(f"it has read {read:,} tokens of the text, which are {len(sent):,} here")
         if len(texts) == len(sent) and self._difference(texts, sent) is None:  # without the one that was generated
-            raise Failed(SHIFTED, repeat=False, stop=self.text is None)
+            raise Failed(SHIFTED, repeat=False)
         told = sent if len(texts) == len(sent) + 1 else [token for token in sent if token != sent[0]]
         if len(texts) - len(told) not in (0, 1):
             raise self._other(f"it tells {len(texts) - 1:,} tokens, and {len(sent):,} were sent")

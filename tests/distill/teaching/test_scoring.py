@@ -121,9 +121,11 @@ def test_llama_cpp_python_says_the_same(itself: bool) -> None:
 
 def test_log_probabilities_of_one_place_later_are_refused() -> None:
     """Those of llama-cpp-python where a text doesn't begin with BOS."""
-    with scoring_server(Scoring(MODEL, TOKENIZER, "llama-cpp-python")) as fake:
-        with pytest.raises(RunError, match="are then those of one place later"):
-            list(ServedScorer(settings(server=fake.url, top=0), TOKENIZER).score(rows()))
+    with (
+        scoring_server(Scoring(MODEL, TOKENIZER, "llama-cpp-python")) as fake,
+        pytest.raises(RunError, match="are then those of one place later"),
+    ):
+        list(ServedScorer(settings(server=fake.url, top=0), TOKENIZER).score(rows()))
 
 
 def test_one_request_finds_out_what_vllm_is() -> None:
