@@ -223,3 +223,32 @@ def test_wrong_keys_are_told_with_line_and_column(tmp_path: Path, changes: dict[
     with pytest.raises(RecipeError) as caught:
         load(place(tmp_path, "http://127.0.0.1:9/v1", **changes))
     assert re.search(rf"- \d+:\d+: .*{re.escape(message)}", str(caught.value)), str(caught.value)
+
+
+def test_the_targets_own_answers_and_those_it_goes_on_with_are_candidates(tmp_path: Path) -> None:
+    """InCo-DPO: the strong answer, the target's own, and what the target makes of half of the strong one."""
+    write_model(tmp_path / "target")
+    prompts = [{**prompt, "reference": "right of all"} for prompt in PROMPTS]
+    write_rows(tmp_path / "prompts.jsonl", prompts)
+    with fake_server(Fake(reply=lambda body: "right of all")) as fake:
+        recipe = write_recipe(
+            tmp_path,
+            sources=[{"name": "strong", "model": "S", "server": fake.url, "samples": 1}],
+            target_source={
+                "samples": 2,
+                "device": "cpu",
+                "sampling": {"max_tokens": 5},
+                "continues": {"source": "strong", "share": [0, 0.5]},
+            },
+            pairs={"rule": "best_worst", "score": "right", "answers": "all", "sft_share": 0},
+            train={"preference": {"objective": "dpo", "learning_rate": 1e-6}},
+        )
+        for stage in ("sample", "score", "pair", "sample", "score", "pair"):
+            result = CliRunner().invoke(main, ["distill", stage, str(recipe)])
+            assert result.exit_code == 0, result.output
+    own = rows(tmp_path, "target")
+    assert [row["text"].startswith("right") for row in own] == [False, True] * 3
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs" / "preference.jsonl").read_text().splitlines()]
+    assert [(pair["chosen"][0]["source"], pair["rejected"][0]["source"]) for pair in pairs] == [
+        ("strong", "target")
+    ] * 3
