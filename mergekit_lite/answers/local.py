@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_lite.answers import shrinking
 from mergekit_lite.answers.asking import Failures, Sampling, Task
 from mergekit_lite.answers.loading import Dtype, causal_model, context_of, placed, tokenizer_of
-from mergekit_lite.answers.rows import Answer, Key, seed_of, with_system
+from mergekit_lite.answers.rows import Answer, Key, given_text, seed_of, with_system
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.errors import RunError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+BEFORE = 8  # tokens before an answer that is gone on with: some tokenizers drop the space that a text begins with
 SERVE = "serve it, and give the source a `server`."
 
 
@@ -34,6 +35,11 @@ class Draw(NamedTuple):
     answer: Answer
     prompt: tuple[int, ...]  # that the model read
     tokens: tuple[int, ...]  # that it drew; the last one ends the answer, unless a limit or a text that stops did
+
+
+class _Asked(NamedTuple):
+    prompt: str  # its id
+    given: str  # the beginning of the answer
 
 
 class _Work(NamedTuple):
@@ -57,8 +63,8 @@ class Local:
     device: str | None = None  # cpu, cuda, cuda:1 …, or auto: all GPUs. By default the first GPU, else the CPU.
     dtype: Dtype | None = None  # float32, bfloat16 or float16; by default float32 on a CPU, else the model's own
     failures: Failures = field(default_factory=Failures, init=False)  # so far
-    _prompts: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False)  # tokens; None: refused
-    _refused: dict[str, str] = field(default_factory=dict, init=False)  # reasons, by prompt
+    _prompts: dict[_Asked, tuple[int, ...] | None] = field(default_factory=dict, init=False)  # tokens; None: refused
+    _refused: dict[_Asked, str] = field(default_factory=dict, init=False)  # reasons
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
         """Yield the answers to the ``wanted`` of the ``tasks``, batch by batch.
@@ -98,28 +104,35 @@ class Local:
 
         So prompts of a batch need little padding, and a lack of memory shows in the first batch.
         """
+        work = []
         for task in tasks:
-            if task.prompt.id not in self._prompts:
-                self._prompts[task.prompt.id] = self._prompt(task)
-            if self._prompts[task.prompt.id] is None:
-                self.failures.lost[task.key] = self._refused[task.prompt.id]
-        work = [_Work(task, tokens) for task in tasks if (tokens := self._prompts[task.prompt.id]) is not None]
+            asked = _Asked(task.prompt.id, given_text(task.prompt.messages))
+            if asked not in self._prompts:
+                self._prompts[asked] = self._prompt(task, asked)
+            if (tokens := self._prompts[asked]) is None:
+                self.failures.lost[task.key] = self._refused[asked]
+            else:
+                work.append(_Work(task, tokens))
         return sorted(work, key=lambda work: -len(work.prompt))
 
-    def _prompt(self, task: Task) -> tuple[int, ...] | None:
+    def _prompt(self, task: Task, asked: _Asked) -> tuple[int, ...] | None:
         try:
             tokens = self._tokens(task)
         except TemplateError as error:
-            self._refused[task.prompt.id] = str(error)
+            self._refused[asked] = str(error)
             return None
         if self._context is not None and len(tokens) >= self._context:
-            self._refused[task.prompt.id] = f"the prompt has {len(tokens):,} tokens, the model takes {self._context:,}"
+            self._refused[asked] = f"the prompt has {len(tokens):,} tokens, the model takes {self._context:,}"
             return None
         return tokens
 
     def _tokens(self, task: Task) -> tuple[int, ...]:
         """Return what the model reads of a task. Raises TemplateError where its template refuses that."""
-        return self.template.prompt(with_system(task.prompt.messages, self.system))
+        messages = with_system(task.prompt.messages, self.system)
+        if not (given := given_text(messages)):
+            return self.template.prompt(messages)
+        begun = self.template.tokens(messages[:-1], given, cut=True)
+        return (*begun.prompt, *begun.response)
 
     def _drawn(self, batch: Sequence[_Work]) -> Iterator[Draw]:
         import torch
@@ -160,15 +173,27 @@ class Local:
 
     def _draw(self, work: _Work, tokens: list[int], stopped: bool) -> Draw:
         end = next((place for place, token in enumerate(tokens) if token in self.loaded.ends), None)
-        text = decoded(self.tokenizer, tokens[:end])
+        text = self._decoded(work, tokens[:end])
         if stopped:
             places = [place for stop in self.sampling.stop or () if (place := text.find(stop)) >= 0]
             text = text[: min(places, default=len(text))]
-        text = self._whole(text)
+        text = self._said(work.task, text)
         finish = "length" if end is None and not stopped else "stop"
         task = work.task
         answer = Answer(task.prompt.id, self.name, task.index, text, finish, len(tokens[:end]))
         return Draw(answer, work.prompt, tuple(tokens if end is None else tokens[: end + 1]))
+
+    def _decoded(self, work: _Work, tokens: list[int]) -> str:
+        """Return the text of the tokens that a model drew."""
+        if not given_text(work.task.prompt.messages):
+            return decoded(self.tokenizer, tokens)
+        before = list(work.prompt[-BEFORE:])
+        return decoded(self.tokenizer, before + tokens).removeprefix(decoded(self.tokenizer, before))
+
+    def _said(self, task: Task, text: str) -> str:
+        """Return the whole answer to a task, with the beginning that was given."""
+        given = given_text(task.prompt.messages)
+        return given + text if given else self._whole(text)
 
     def _whole(self, text: str) -> str:
         """Return an answer with the mark of the thoughts that the chat template has opened, and it goes on from."""

@@ -48,7 +48,8 @@ class Offline(Local):
                 made = output.outputs[0]
                 finish = "length" if made.finish_reason == "length" else "stop"
                 tokens = len(made.token_ids)
-                yield Answer(each.task.prompt.id, self.name, each.task.index, self._whole(made.text), finish, tokens)
+                text = self._said(each.task, made.text)
+                yield Answer(each.task.prompt.id, self.name, each.task.index, text, finish, tokens)
 
     def _settings(self, task: Task, prompt: int) -> Any:
         """Return vLLM's ``SamplingParams`` for one answer; ``prompt`` is the number of the prompt's tokens."""

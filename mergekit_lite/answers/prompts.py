@@ -84,8 +84,11 @@ def digest_of(messages: Sequence[Message]) -> str:
 
 
 def as_row(prompt: Prompt) -> dict[str, Any]:
-    """Return a prompt as a row of a JSON Lines file."""
-    return asdict(prompt)
+    """Return a prompt as a row of a JSON Lines file; without a question it has no such field."""
+    row = asdict(prompt)
+    if not prompt.question:
+        del row["question"]
+    return row
 
 
 def from_row(row: Mapping[str, Any]) -> Prompt:
@@ -98,6 +101,7 @@ def from_row(row: Mapping[str, Any]) -> Prompt:
         tests=tuple(row["tests"]),
         plain=row.get("plain", False),
         columns=row.get("columns", {}),
+        question=row.get("question", ""),
     )
 
 

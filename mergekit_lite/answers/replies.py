@@ -63,22 +63,23 @@ async def body_of(response: Response, longest: int = LONGEST_REPLY) -> bytes:
     return bytes(body)
 
 
-def replies_in(body: bytes, number: int) -> list[Reply | None]:
+def replies_in(body: bytes, number: int, blank: bool = False) -> list[Reply | None]:
     """Return the replies that a body has, ``number`` at most, in the order of their ``index``.
 
-    One that is empty, or that a filter cut, is None where several were asked for.
+    One that is empty, or that a filter cut, is None where several were asked for. ``blank`` says that an empty one is a
+    reply: of an answer that was given whole there is nothing more to say.
 
     Raises:
         Failed: there is none.
     """
     if number == 1:
-        return [reply_in(body)]
+        return [reply_in(body, blank)]
     content = _content(body)
     choices = sorted(enumerate(content["choices"]), key=lambda choice: _place(*choice))[:number]
     found: list[Reply | None] = []
     for _, choice in choices:
         try:
-            found.append(_reply(choice, None))
+            found.append(_reply(choice, None, blank))
         except Failed as failed:
             if not failed.fresh_seed:
                 raise
@@ -86,8 +87,8 @@ def replies_in(body: bytes, number: int) -> list[Reply | None]:
     return found
 
 
-def reply_in(body: bytes) -> Reply:
-    """Return the reply that a body has; not all servers follow the protocol.
+def reply_in(body: bytes, blank: bool = False) -> Reply:
+    """Return the reply that a body has, ``blank`` as in ``replies_in``; not all servers follow the protocol.
 
     A reply without text that was cut at the limit is one too: a model has thoughts in most of such cases, which took
     all tokens. To ask again would cost the same and end alike.
@@ -99,7 +100,7 @@ def reply_in(body: bytes) -> Reply:
     usage = content.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     counted = type(tokens) is int and 0 <= tokens <= MOST_TOKENS
-    return _reply(content["choices"][0], tokens if counted else None)
+    return _reply(content["choices"][0], tokens if counted else None, blank)
 
 
 def _content(body: bytes) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _place(place: int, choice: Any) -> int:
     return index if type(index) is int else place
 
 
-def _reply(choice: Any, tokens: int | None) -> Reply:
+def _reply(choice: Any, tokens: int | None, blank: bool) -> Reply:
     message = choice.get("message") if isinstance(choice, dict) else None
     if isinstance(choice, dict) and "message" not in choice and isinstance(choice.get("text"), str):
         message = {"content": choice["text"]}  # of a completion
@@ -132,7 +133,7 @@ def _reply(choice: Any, tokens: int | None) -> Reply:
         raise Failed("cut by the server's content filter", repeat=True, fresh_seed=True)
     ended = "length" if finish == "length" else "stop"
     if not isinstance(text, str) or not text.strip():
-        if ended == "stop" or not (text is None or isinstance(text, str)):
+        if (ended == "stop" and not blank) or not (text is None or isinstance(text, str)):
             raise Failed("an empty reply", repeat=True, fresh_seed=True)
         text = ""
     return Reply(_whole(text), ended, tokens, _thoughts(message))

@@ -3,6 +3,9 @@
 A server that refuses a parameter by name (HTTP 400 or 422) gets requests without it, if nobody asked for that
 parameter: temperature, top_p and seed have defaults of ours. ``max_tokens`` becomes ``max_completion_tokens`` where a
 server asks for that. A parameter that the user did set is not left out: then the source can't be asked.
+
+Where a conversation ends with the beginning of the answer, the server is told to go on from there, as vLLM, SGLang and
+llama.cpp's server are told. One that refuses this can't be asked either.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_lite.answers.asking import Sampling
-from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.rows import Message, given_text
 
 LIMITS = ("max_tokens", "max_completion_tokens")
+CONTINUING = {"continue_final_message": True, "add_generation_prompt": False}  # keys of a chat template, too
 OURS = ("model", "messages", "seed", "n", "stream")  # keys that a recipe's ``extra_body`` can't have
 NOT_PERMITTED = ("extra_forbidden", "unsupported_parameter", "unsupported_value", "unknown_parameter")
 REFUSAL = re.compile(
@@ -54,6 +58,8 @@ class RequestBody:
             asked["top_p"] = sampling.top_p
         if sampling.repetition_penalty != 1:  # not all servers know it
             asked["repetition_penalty"] = sampling.repetition_penalty
+        if given_text(messages):
+            asked |= CONTINUING
         if answers > 1:
             asked["n"] = answers
         if self.limit == "max_tokens" and "max_completion_tokens" in (sampling.extra_body or ()):

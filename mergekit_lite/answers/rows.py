@@ -33,6 +33,7 @@ class Prompt:
     tests: tuple[str, ...] = ()  # Python programs that an answer's code has to pass
     plain: bool = False  # whether the data have it as a text, not as messages
     columns: Mapping[str, Any] = field(default_factory=dict)  # kept of the data's other columns, for functions
+    question: str = ""  # the prompt's id, where this is one of several that ask it under different system messages
 
 
 class Key(NamedTuple):
@@ -171,6 +172,11 @@ def with_system(messages: Sequence[Message], system: str | None) -> tuple[Messag
     """
     before = (Message(role="system", content=system),) if system and not _has_system(messages) else ()
     return (*before, *messages)
+
+
+def given_text(messages: Sequence[Message]) -> str:
+    """Return the beginning of the answer, where a conversation ends with it: its answer goes on from there. Else ""."""
+    return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
 
 
 def _has_system(messages: Sequence[Message]) -> bool:

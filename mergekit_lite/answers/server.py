@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_lite.answers.asking import Failures, Task
 from mergekit_lite.answers.endpoints import Endpoint, Endpoints
 from mergekit_lite.answers.replies import LONGEST_REPLY, Failed, Reply, body_of, replies_in
-from mergekit_lite.answers.requests import RequestBody, refused_parameter
-from mergekit_lite.answers.rows import Answer, Key, Message, seed_of, with_system
+from mergekit_lite.answers.requests import CONTINUING, RequestBody, refused_parameter
+from mergekit_lite.answers.rows import Answer, Key, Message, given_text, seed_of, with_system
 from mergekit_lite.backoff import asked_wait, wait_after
 from mergekit_lite.errors import one_line
 
@@ -37,6 +37,7 @@ FIRST_WAIT = 0.5  # seconds before the first repetition
 LONGEST_WAIT = 60.0
 LONGEST_ASKED_WAIT = 600.0  # for one question, that a server's Retry-After may ask for in all its replies
 LOST_IN_A_ROW = 16  # requests, or as many as are open at once: then the server is given up
+REPEATS = "replies have the beginning that was given once more: it is taken once"
 COMPLAINT = 1000  # bytes of an error's body that are looked at
 REPEATED = (408, 409, 429)  # and from 500 on
 REFUSED = {
@@ -200,7 +201,7 @@ class Server:
 
     def _found(self, url: str, body: bytes, asked: Mapping[str, Any], question: Question) -> list[Reply | None]:
         """Return the replies that a body of a URL has. Raises Failed."""
-        return replies_in(body, asked.get("n", 1))
+        return replies_in(body, asked.get("n", 1), blank=bool(given_text(question.messages)))
 
     async def _request(
         self, client: AsyncClient, endpoint: Endpoint, asked: dict[str, Any], question: Question
@@ -245,6 +246,9 @@ class Server:
         name = refused_parameter(complaint, asked) if status in (400, 422) else None
         if name is None or name == "n":
             return Failed(f"HTTP {status}: {said}", repeat=False, refused=name)
+        if name in CONTINUING:
+            why = f"{url} can't go on from the beginning of an answer. It says {status}: {said}"
+            return Failed(why, repeat=False, stop=True)
         if name != "max_tokens" and self.body.is_set(name):
             why = f"{url} refuses {name!r}, which is set for it, and says {status}: {said} Take it out of `sampling`."
             return Failed(why, repeat=False, stop=True)
@@ -368,4 +372,14 @@ def answers_of(asked: Iterable[tuple[Served, Sequence[Task], frozenset[Key]]]) -
     for server, question, reply in ask(questions):
         if isinstance(question.key, Key):
             prompt, index = question.key
-            yield Answer(prompt, names[server], index, *reply)
+            text = _whole(given_text(question.messages), reply.text, server.failures.notes)
+            yield Answer(prompt, names[server], index, *reply._replace(text=text))
+
+
+def _whole(given: str, said: str, notes: list[str]) -> str:
+    """Return an answer of which the beginning was given, as a whole. Some servers repeat it."""
+    if not given or not said.startswith(given):
+        return given + said
+    if REPEATS not in notes:
+        notes.append(REPEATS)
+    return said

@@ -20,7 +20,8 @@ from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.remarks import remarks
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import take_over
-from mergekit_lite.distillation.sample import SourceTasks, hold_source, plan, tell_systems
+from mergekit_lite.distillation.sample import hold_source, plan, tell_systems
+from mergekit_lite.distillation.tasks import SourceTasks
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
 ADDRESS = "/v1/chat/completions"
@@ -99,6 +100,8 @@ def _source(recipe: Recipe, name: str | None, reporter: Reporter) -> SourceTasks
     asked = planned[name]
     if asked.source.one_request:
         raise UsageError(f"{name}: a batch has one answer a request: take `one_request` out.")
+    if asked.source.continues is not None:
+        raise UsageError(f"{name}: batch services don't go on from the beginning of an answer: serve it here.")
     if asked.source.in_context is not None:
         raise UsageError(
             f"{name}: a batch asks for turns of a chat, `in_context` for the end of a text: serve it here."

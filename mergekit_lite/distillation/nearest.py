@@ -37,13 +37,14 @@ MODEL_FILES = (*WEIGHTS, "config.json", "tokenizer*", "vocab*", "spiece.model")
 
 
 def pool_of(entry: ChosenPrompts) -> LoadedPrompts:
-    """Return the prompts of a source with ``nearest``. Those that lack an embedding in their column become problems.
+    """Return the prompts of a source, of which some may be chosen.
+
+    Those that lack an embedding in the column of ``nearest`` become problems.
 
     Raises:
         UsageError: the data can't be read, or have no such column.
     """
-    assert entry.nearest is not None
-    return _read([entry], entry.nearest.column)
+    return _read([entry], None if entry.nearest is None else entry.nearest.column)
 
 
 def nearest_prompts(

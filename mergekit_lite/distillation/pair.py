@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mergekit_lite.answers.problems import Problem
@@ -117,10 +118,25 @@ def _check(problems: Iterable[Problem]) -> None:
         raise UsageError(listing(f"{counted(len(listed), 'problem')} in how the recipe makes pairs", listed))
 
 
-def _answers(prompts: Iterable[str], by_source: Sequence[ByPrompt], own: ByPrompt) -> dict[str, Answers]:
-    return {
+def _answers(prompts: Mapping[str, Prompt], by_source: Sequence[ByPrompt], own: ByPrompt) -> dict[str, Answers]:
+    answers = {
         prompt: Answers([answer for each in by_source for answer in each.get(prompt, ())], own.get(prompt, ()))
         for prompt in prompts
+    }
+    asking: dict[str, list[str]] = {}  # prompts, by their question
+    for prompt in prompts.values():
+        if prompt.question:
+            asking.setdefault(prompt.question, []).append(prompt.id)
+    return {
+        prompt: found._replace(
+            others=[
+                replace(answer, prompt=other)
+                for other in asking.get(prompts[prompt].question, ())
+                if other != prompt
+                for answer in (*answers[other].sources, *answers[other].target)
+            ]
+        )
+        for prompt, found in answers.items()
     }
 
 
@@ -225,7 +241,7 @@ def _responses(
     wanted: dict[str, set[Key]] = {}
     for prompt, assignment in assigned.items():
         for answer in (*_used(assignment), *([beside[prompt]] if prompt in beside else [])):
-            wanted.setdefault(answer.source, set()).add(Key(prompt, answer.index))
+            wanted.setdefault(answer.source, set()).add(_key(prompt, answer))
     responses: dict[tuple[str, Key], dict[str, Any]] = {}
     own = [recipe.target_source] if recipe.target_source is not None else []
     sources = {source.name: source for source in (*recipe.sources, *own)}
@@ -234,6 +250,10 @@ def _responses(
         scores = all_scores(folder, recipe.scorers, source, keys)
         responses |= {(source, key): {**text[key]._asdict(), "scores": scores[key]} for key in keys}
     return responses
+
+
+def _key(prompt: str, answer: Candidate) -> Key:
+    return Key(answer.prompt or prompt, answer.index)
 
 
 def _used(assignment: Assignment) -> Iterable[Candidate]:
@@ -270,12 +290,13 @@ def _preference_row(
     prompt: Prompt, pair: PreferencePair, rule: str, answers: Answers, responses: Responses
 ) -> dict[str, Any]:
     def written(answer: Candidate) -> dict[str, Any]:
-        response = responses[answer.source, Key(prompt.id, answer.index)]
+        response = responses[answer.source, _key(prompt.id, answer)]
         return {
             "text": response["text"],
             **_cut(response),
             "source": answer.source,
             "index": answer.index,
+            **({"prompt": answer.prompt} if answer.prompt else {}),
             "score": answer.score,
             "role": "target" if answer.own else "source",
             "win": round(win(answer, answers.target if answer.own else answers.sources), 6),

@@ -14,6 +14,7 @@ from mergekit_lite.distillation.recipe.checks import unknown_domains
 from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import hold_parts, prompts_of
+from mergekit_lite.distillation.systems import asked_under, with_column
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
 SHOWN = 5  # malformed rows in a warning
@@ -36,16 +37,19 @@ def read(recipe: Recipe, reporter: Reporter, *, plan: bool = False) -> list[Prom
         return prompts_of(recipe, whole)
     loaded, domains = data.LoadedPrompts(), set[str]()
     for entry in recipe.prompts:
-        if entry.nearest is None:
+        if entry.nearest is None and entry.systems is None:
             loaded.read(entry)
             continue
-        pool = nearest.pool_of(entry)
-        domains |= {prompt.domain for prompt in pool.prompts}
-        chosen = nearest.nearest_prompts(entry, pool, Folder(recipe.folder).embeddings, reporter, plan=plan)
+        pool = nearest.pool_of(with_column(entry))
+        chosen = pool.prompts
+        if entry.nearest is not None:
+            domains |= {prompt.domain for prompt in pool.prompts}
+            chosen = nearest.nearest_prompts(entry, pool, Folder(recipe.folder).embeddings, reporter, plan=plan)
+        asked = list(asked_under(entry, chosen, recipe.seed, pool.problems, pool.places))
         loaded.problems += pool.problems
         loaded.repeated += pool.repeated
-        for prompt in chosen:
-            loaded.add(prompt, pool.places[prompt.id])
+        for prompt, place in asked:
+            loaded.add(prompt, place)
     if not recipe.prompts:
         add_prompts(recipe.sources, loaded)
     if loaded.problems:

@@ -103,7 +103,8 @@ def is_done(recipe: RoundRecipe) -> bool:
 def prompts_of(recipe: RoundRecipe, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Return a round's prompts of all: with ``split`` its part, of each domain as many as another round's, or one less.
 
-    Which part a prompt is in depends on the seed and on the ids and domains of all, not on their order.
+    Which part a prompt is in depends on the seed and on the ids and domains of all, not on their order. A question that
+    is asked under several system messages is in one part.
 
     Raises:
         UsageError: there are fewer prompts than rounds.
@@ -111,12 +112,13 @@ def prompts_of(recipe: RoundRecipe, prompts: Sequence[Prompt]) -> list[Prompt]:
     rounds = recipe.settings
     if rounds.prompts == "reuse":
         return list(prompts)
-    if len(prompts) < rounds.number:
-        parts = f"{counted(len(prompts), 'prompt')} can't be split between {rounds.number:,} rounds"
+    asked = {prompt.question or prompt.id: prompt.domain for prompt in prompts}
+    if len(asked) < rounds.number:
+        parts = f"{counted(len(asked), 'prompt')} can't be split between {rounds.number:,} rounds"
         raise UsageError(f"{parts}. Take fewer rounds, or all prompts in each: rounds: {{prompts: reuse}}.")
-    ranked = sorted(prompts, key=lambda prompt: (prompt.domain, seed_of(recipe.seed, "rounds", prompt.id), prompt.id))
-    part = {prompt.id for prompt in ranked[recipe.number - 1 :: rounds.number]}
-    return [prompt for prompt in prompts if prompt.id in part]
+    ranked = sorted(asked, key=lambda question: (asked[question], seed_of(recipe.seed, "rounds", question), question))
+    part = {*ranked[recipe.number - 1 :: rounds.number]}
+    return [prompt for prompt in prompts if (prompt.question or prompt.id) in part]
 
 
 def hold_parts(recipe: Recipe) -> None:

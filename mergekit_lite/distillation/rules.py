@@ -29,6 +29,7 @@ class Candidate:
     own: bool = False  # whether it is the target's own answer, not a source's
     whole: bool = True  # False for one that was cut: it may be rejected, but never chosen
     vetoed: bool = False  # by a scorer: it may be rejected, but never chosen
+    prompt: str = ""  # the id of the prompt that it answers, where that is not the pair's own
 
 
 class Answers(NamedTuple):
@@ -36,6 +37,7 @@ class Answers(NamedTuple):
 
     sources: Sequence[Candidate] = ()
     target: Sequence[Candidate] = ()
+    others: Sequence[Candidate] = ()  # of all of them, to the same question under other system messages
 
 
 class PreferencePair(NamedTuple):
@@ -130,8 +132,55 @@ def simplemix(answers: Answers, *, draw: float, sources: float = 0.5) -> Offers:
     return [*first, *second]
 
 
+def crossed(answers: Answers, *, draw: float) -> Offers:
+    """Offer the best answer, and what the same source answered under another system message.
+
+    Janus (Lee et al. 2024, arXiv 2405.17977): the chosen answer follows the system message of its prompt, the rejected
+    one another. Without scores the first answers are taken.
+
+    Args:
+        answers: to one prompt, with those to its question under other system messages.
+        draw: a coin for the other system message, uniform in [0, 1).
+    """
+    chosen = best([*answers.sources, *answers.target])
+    if isinstance(chosen, Refusal):
+        return [chosen]
+    same = [answer for answer in answers.others if answer.source == chosen.source]
+    others = [answer for answer in same if answer.digest is None or answer.digest != chosen.digest]
+    prompts = list(dict.fromkeys(answer.prompt for answer in others))
+    if not prompts:
+        return [Refusal("no other answer of the source under another system message")]
+    drawn = prompts[int(draw * len(prompts))]
+    rejected = next(answer for answer in others if answer.prompt == drawn)
+    gap = round(chosen.score - rejected.score, DIGITS)
+    return [PreferencePair((chosen,), (rejected,), gap, "the answer, and one under another system message")]
+
+
+def asked(answers: Answers, *, chosen: str, rejected: str) -> Offers:
+    """Offer an answer of one source against another source's, which was asked for a worse one, or is the one before.
+
+    Without scores the chosen one is the first; the rejected one has its number, or is the first, too.
+
+    Args:
+        answers: to one prompt.
+        chosen: the source whose answers are chosen.
+        rejected: the source whose answers are rejected.
+    """
+    top = best([answer for answer in answers.sources if answer.source == chosen])
+    if isinstance(top, Refusal):
+        return [Refusal(f"{chosen}: {top.why}")]
+    others = [answer for answer in answers.sources if answer.source == rejected]
+    if not others:
+        return [Refusal(f"{rejected}: no answer")]
+    worse = next((answer for answer in others if answer.index == top.index), others[0])
+    if top.digest is not None and top.digest == worse.digest:
+        return [Refusal("chosen and rejected are the same text")]
+    gap = round(top.score - worse.score, DIGITS)
+    return [PreferencePair((top,), (worse,), gap, f"as they were asked: {chosen} against {rejected}")]
+
+
 RULES: dict[str, Callable[..., Offers]] = {
-    rule.__name__: rule for rule in (fusechat3, wrpo, best_worst, sweet_spot, simplemix)
+    rule.__name__: rule for rule in (fusechat3, wrpo, best_worst, sweet_spot, simplemix, crossed, asked)
 }
 
 

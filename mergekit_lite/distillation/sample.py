@@ -1,21 +1,22 @@
 """The sample stage: prompts × sources × samples, as ledgers of answers.
 
-Sources behind servers are asked concurrently, those in this process one after the other. ``samples/SOURCE.json`` holds
-the settings of a source's answers, so that answers drawn with different settings are never in one file.
+Sources behind servers are asked concurrently, those in this process one after the other; then those that go on from
+another one's answers. ``samples/SOURCE.json`` holds the settings of a source's answers, so that answers drawn with
+different settings are never in one file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers import respondents as answering
-from mergekit_lite.answers.aggregating.calls import settings_of
+from mergekit_lite.answers.aggregating.calls import Item, settings_of
+from mergekit_lite.answers.aggregating.messages import Draft
 from mergekit_lite.answers.aggregating.running import run
 from mergekit_lite.answers.asked_model import AskedModel, absent
 from mergekit_lite.answers.asking import Notes, Task, reasons, repeated, urls_of
@@ -24,6 +25,7 @@ from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.offline import Offline
 from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, own_systems, read_rows, seed_of
 from mergekit_lite.answers.server import Served, answers_of
+from mergekit_lite.distillation.continuing import digest_of, with_beginnings, with_drafts
 from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
@@ -33,19 +35,11 @@ from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import take_over
 from mergekit_lite.distillation.settings import as_from, hold_settings
 from mergekit_lite.distillation.spreading import spread
+from mergekit_lite.distillation.tasks import SourceTasks
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.ray_cluster import workers_of
 from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.errors import RunError, UsageError, counted, listing
-
-
-@dataclass(frozen=True)
-class SourceTasks:
-    """A source, all answers it has to give, and the ledger of those it gave."""
-
-    source: RecipeSource
-    tasks: tuple[Task, ...]
-    ledger: Ledger[Key]
 
 
 def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ray: str | None = None) -> None:
@@ -77,21 +71,23 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ra
     unfinished = [each for each in planned if each.ledger.missing]
     aggregates = [each for each in unfinished if each.source.aggregate is not None]
     unfinished = [each for each in unfinished if each.source.aggregate is None]
-    behind_servers = [each for each in unfinished if each.source.server is not None]
-    missing: list[str] = []
-    for group in (behind_servers, *([each] for each in unfinished if each.source.server is None)):
-        missing += _ask(recipe, group, reporter, ray)
-    for each in aggregates:
-        if ray is not None:
-            reporter.line(f"{each.source.name}: models that answer together are asked from this machine")
-        missing += _aggregate(recipe, each, reporter, skip_missing)
+    missing = _ask_all(recipe, [each for each in unfinished if each.source.continues is None], reporter, ray)
+    missing += _aggregate_all(
+        recipe, [each for each in aggregates if not each.source.drafts], reporter, skip_missing, ray
+    )
+    planned = [each if each.source.continues is None else with_beginnings(recipe, each, planned) for each in planned]
+    continuing = [each for each in planned if each.source.continues is not None and each.ledger.missing]
+    missing += _ask_all(recipe, continuing, reporter, ray)
+    planned = [each if each.source.drafts is None else with_drafts(recipe, each, planned) for each in planned]
+    refining = [each for each in planned if each.source.drafts and each.ledger.missing]
+    missing += _aggregate_all(recipe, refining, reporter, skip_missing, ray)
     if missing and not skip_missing:
         raise RunError(
             listing("Answers are missing; all others are kept", missing) + "\nThe same command goes on and asks for "
             "what is missing. With --skip-missing the stage ends without it."
         )
     for each in planned:
-        answers = len(each.tasks) - len(each.ledger.missing)
+        answers = len(each.ledger.expected) - len(each.ledger.missing)
         each.ledger.finish(with_missing=skip_missing)
         reporter.line(f"{each.source.name}: {counted(answers, 'answer')} in {each.ledger.path}")
         for remark in remarks(each.source, each.ledger.rows()):
@@ -196,6 +192,27 @@ def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt
     return SourceTasks(source, tasks, Ledger(path, [task.key for task in tasks], key_of, ANSWER))
 
 
+def _aggregate_all(
+    recipe: Recipe, asked: Iterable[SourceTasks], reporter: Reporter, skip_missing: bool, ray: str | None
+) -> list[str]:
+    """Have aggregates answer, one after the other."""
+    missing: list[str] = []
+    for each in asked:
+        if ray is not None:
+            reporter.line(f"{each.source.name}: models that answer together are asked from this machine")
+        missing += _aggregate(recipe, each, reporter, skip_missing)
+    return missing
+
+
+def _ask_all(recipe: Recipe, asked: Sequence[SourceTasks], reporter: Reporter, ray: str | None) -> list[str]:
+    """Ask servers at the same time, then the models in this process one after the other."""
+    behind_servers = [each for each in asked if each.source.server is not None]
+    missing: list[str] = []
+    for group in (behind_servers, *([each] for each in asked if each.source.server is None)):
+        missing += _ask(recipe, group, reporter, ray)
+    return missing
+
+
 def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: str | None = None) -> list[str]:
     """Ask one source in this process, or all servers. Returns a message for each source that answers are missing of."""
     planned = {each.source.name: each for each in group}
@@ -206,7 +223,8 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: 
     with ExitStack() as stack:
         respondents = {each.source.name: stack.enter_context(respondent(recipe, each.source)) for each in group}
         for each in group:
-            name, total = each.source.name, len(each.tasks)
+            name, total = each.source.name, len(each.ledger.expected)
+            respondents[name].failures.lost.update(each.lost)
             advance[name] = stack.enter_context(reporter.progress(name, total, total - len(each.ledger.missing)))
             stack.callback(each.ledger.close)
         notes = Notes(respondents, reporter.warn)
@@ -258,7 +276,8 @@ def _failures(recipe: Recipe, asked: SourceTasks, who: Served | Local, reporter:
     if (said := repeated(failures)) is not None:
         reporter.line(f"{source.name}: {said}")
     if missing := len(asked.ledger.missing):
-        message = f"{source.name}: {missing:,} of {len(asked.tasks):,}. {failures.stopped or reasons(failures.lost)}"
+        why = failures.stopped or reasons(failures.lost)
+        message = f"{source.name}: {missing:,} of {len(asked.ledger.expected):,}. {why}"
         if source.name == TARGET and source.server is not None:
             urls = ", ".join(urls_of(source.server))
             message += f" The server {urls} has to serve {_trained(recipe)} as {source.model}."
@@ -274,17 +293,34 @@ def _aggregate(recipe: Recipe, asked: SourceTasks, reporter: Reporter, skip_miss
         return answering.respondent(model, model.model, folder.server_log(f"{source.name}.{model.name}"))
 
     path = folder.steps(source.name)
-    found = run(source.aggregate, asked.tasks, path, opened, reporter, name=source.name, skip_missing=skip_missing)
+    begin = {key: (draft,) for key, draft in asked.drafts.items()}
+    found = run(
+        source.aggregate,
+        asked.tasks,
+        path,
+        opened,
+        reporter,
+        name=source.name,
+        skip_missing=skip_missing,
+        begin=begin,
+    )
+    if asked.lost:
+        found.missing.append(
+            f"{source.name}: {counted(len(asked.lost), 'answer')} can't be made: {reasons(asked.lost)}"
+        )
     for message in found.missing if skip_missing else ():
         reporter.warn(message)
     try:
-        asked.ledger.append(
-            Answer(item.task.prompt.id, source.name, item.task.index, *item.drafts[0].reply).as_row()
-            for item in found.answered
-        )
+        asked.ledger.append(_made(source.name, item, asked.drafts.get(item.task.key)) for item in found.answered)
     finally:
         asked.ledger.close()
     return found.missing
+
+
+def _made(source: str, item: Item, draft: Draft | None) -> dict[str, Any]:
+    """Return the row of an aggregate's answer."""
+    row = Answer(item.task.prompt.id, source, item.task.index, *item.drafts[0].reply).as_row()
+    return row if draft is None else {**row, "draft": digest_of(draft)}
 
 
 def hold_source(recipe: Recipe, source: RecipeSource) -> None:
@@ -303,7 +339,7 @@ def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
     if source.aggregate is not None:
         models = {each.name: settings_of(each, recipe.folder) for each in source.aggregate.models}
         layers = source.aggregate.model_dump(mode="json", exclude_unset=True)["layers"]
-        return {"aggregate": {"models": models, "layers": layers}, "seed": recipe.seed}
+        return {"aggregate": {"models": models, "layers": layers}, "drafts": source.drafts, "seed": recipe.seed}
     model, examples = _model(recipe, source), source.examples()
     return {
         "model": as_from(recipe.folder, model) if Path(model).is_absolute() else model,
@@ -311,6 +347,7 @@ def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
         "engine": None if source.engine == "transformers" else source.engine,
         "engine_options": source.engine_options or None,
         "one_request": source.one_request or None,
+        "continues": source.continues and source.continues.model_dump(mode="json"),
         "system": source.system,
         "in_context": examples and xxh3_64_hexdigest(examples.encode()),
         "seed": _seed(recipe, source),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,36 @@ def ended_by_many(asked: Local) -> None:
     ends = frozenset(range(0, len(asked.tokenizer), 10))
     asked.loaded.model.generation_config.eos_token_id = sorted(ends)
     asked.__dict__["loaded"] = asked.loaded._replace(ends=ends)
+
+
+@pytest.mark.parametrize("style", ["chatml", None])
+def test_an_answer_goes_on_from_its_beginning_as_it_did_without(tmp_path: Path, style: str | None) -> None:
+    """Greedily, whatever part of the answer is given: where the part's text has the tokens that were drawn."""
+    folder = write_model(tmp_path / "model", style=style)
+    local = Local("local", str(folder), GREEDY, batch_size=4, device="cpu")
+    (asked,) = tasks_of(("What is one and one?",), samples=1)
+    (draw,) = local.draws([asked], frozenset([asked.key]), 0)
+    tried = 0
+    for number in range(1, len(draw.tokens)):
+        given = local.tokenizer.decode(draw.tokens[:number], clean_up_tokenization_spaces=False)
+        messages = (*asked.prompt.messages, {"role": "assistant", "content": given})
+        task = replace(asked, prompt=replace(asked.prompt, messages=messages))
+        if not given or local._tokens(task) != (*draw.prompt, *draw.tokens[:number]):
+            continue
+        tried += 1
+        short = Local("local", str(folder), GREEDY.model_copy(update={"max_tokens": 12 - number}), device="cpu")
+        (answer,) = short.answers([task], frozenset([task.key]))
+        assert answer.text == draw.answer.text and answer.tokens == draw.answer.tokens - number
+    assert tried >= 2
+
+
+def test_beginnings_of_one_prompt_are_told_apart(model: Path) -> None:
+    local = Local("local", str(model), GREEDY, device="cpu")
+    tasks = [
+        replace(
+            task, prompt=replace(task.prompt, messages=(*task.prompt.messages, {"role": "assistant", "content": text}))
+        )
+        for task, text in zip(tasks_of(("one",), samples=2), ("two three", "You are"), strict=True)
+    ]
+    said = answers(local, tasks)
+    assert [said[task.key].text.startswith(task.prompt.messages[-1]["content"]) for task in tasks] == [True, True]

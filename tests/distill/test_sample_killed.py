@@ -76,12 +76,18 @@ def served(url: str) -> list[dict[str, Any]]:
     ]
 
 
+def three(url: str) -> list[dict[str, Any]]:
+    """Two served sources, and before them one that goes on from the second one's answers."""
+    first, second = served(url)
+    return [{**first, "name": "c", "continues": {"source": "b", "share": 0.5}}, first, second]
+
+
 def test_killed_while_servers_are_asked(tmp_path: Path) -> None:
-    drawn, total, kills = chance(), 2 * 3 * len(PROMPTS), 4
+    drawn, total, kills = chance(), 3 * 3 * len(PROMPTS), 4
     moments = sorted(drawn.sample(range(total - 60), kills))  # not so late that it ends by itself
     with fake_server(Fake(lambda text, before: 503 if text.endswith("7") and not before else None)) as fake:
         fake.on_request = lambda text: time.sleep(drawn.uniform(0, 0.02))
-        recipe = place(tmp_path / "killed", served(fake.url))
+        recipe = place(tmp_path / "killed", three(fake.url))
         missing = {}  # by run: how many answers there were not when it began
         for number, moment in enumerate(moments):
             missing[f"run {number}"] = total - answers(tmp_path / "killed")
@@ -96,7 +102,7 @@ def test_killed_while_servers_are_asked(tmp_path: Path) -> None:
         # What had been written is never asked again, and all else is, once.
         assert fake.answered_for["last run"] == last
         assert all(fake.answered_for[key] <= number for key, number in missing.items())
-        whole = place(tmp_path / "whole", served(fake.url))
+        whole = place(tmp_path / "whole", three(fake.url))
         finish(whole)
     assert answers(tmp_path / "killed") == total
     assert tree_bytes(tmp_path / "killed" / "out") == tree_bytes(tmp_path / "whole" / "out")

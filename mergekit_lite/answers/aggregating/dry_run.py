@@ -58,7 +58,10 @@ def dry_run(aggregate: Aggregate, tasks: Iterable[Task], path: Path) -> list[Mod
 
 
 def _walk(aggregate: Aggregate, item: Item, ledger: Ledger[str], counts: Mapping[str, _Count]) -> None:
-    by_name, asked = aggregate.by_name, Conversation(item.task.prompt.messages, aggregate.systems)
+    by_name, asked = (
+        aggregate.by_name,
+        Conversation(item.task.prompt.messages, aggregate.systems, item.task.prompt.reference),
+    )
     for steps in aggregate.layers:
         running = layer(steps, asked, item.drafts)
         try:

@@ -45,6 +45,15 @@ CRITIQUE_FORM = (
     "Begin the critique of each response with a line that has its number in brackets alone, from [1] to [{last}], in "
     "this order, and write nothing before the first or after the last one."
 )
+REFERENCE = (
+    "A reference response stands first. It is not judged: it shows what a good response to this conversation has. Say "
+    "of each of the others what the reference has and it lacks, and what it has that is better."
+)
+REFINE = (
+    "Write this response to the last message of the conversation anew. Mend what is wrong in it and add what is "
+    "missing, keep what is good, and believe no critique that is wrong itself."
+)
+REFINE_FORM = "Write the new response alone, as the user is to read it, without a word about the old one or a critique."
 VERIFY = (
     "Check this response to the last message of the conversation step by step: is every claim in it right, and is "
     "everything there that was asked for? Write the check down; the verdict comes later."
@@ -90,13 +99,23 @@ def to_rank(messages: Sequence[Message], drafts: Sequence[Draft], prompt: str | 
 
 
 def to_criticise(
-    messages: Sequence[Message], drafts: Sequence[Draft], prompt: str | None = None
+    messages: Sequence[Message], drafts: Sequence[Draft], prompt: str | None = None, reference: str | None = None
 ) -> tuple[Message, ...]:
-    """Return the request to criticise each of some drafts."""
-    form = CRITIQUE_FORM.format(last=len(drafts))
-    return _request(
-        messages, _numbered([draft._replace(critique="") for draft in drafts]), f"{prompt or CRITIQUE} {JUDGED} {form}"
-    )
+    """Return the request to criticise each of some drafts, beside a reference where there is one."""
+    shown = _numbered([draft._replace(critique="") for draft in drafts])
+    words = [prompt or CRITIQUE]
+    if reference is not None:
+        shown = f"{_tagged('reference', reference)}\n\n{shown}"
+        words = [prompt or f"{CRITIQUE} {REFERENCE}"]
+    words += [JUDGED, CRITIQUE_FORM.format(last=len(drafts))]
+    return _request(messages, shown, " ".join(words))
+
+
+def to_refine(messages: Sequence[Message], draft: Draft, prompt: str | None = None) -> tuple[Message, ...]:
+    """Return the request to write a draft anew, in view of its critique where it has one."""
+    critique = [_tagged("critique", draft.critique)] if draft.critique else []
+    shown = "\n\n".join([_tagged("response", draft.text), *critique])
+    return _request(messages, shown, f"{prompt or REFINE} {JUDGED} {REFINE_FORM}")
 
 
 def to_check(messages: Sequence[Message], draft: Draft, prompt: str | None = None) -> tuple[Message, ...]:

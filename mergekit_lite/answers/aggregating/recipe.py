@@ -13,13 +13,14 @@ from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, not
 from mergekit_lite.answers.validated import validated
 from mergekit_lite.yaml_document import text_of
 
-Kind = Literal["generate", "fuse", "rank", "critique", "verify"]
+Kind = Literal["generate", "fuse", "rank", "critique", "refine", "verify"]
 TOGETHER = ("generate", "fuse")  # kinds that make drafts, several of them in a layer; the others judge drafts, alone
 KEYS = {  # beside step and model, by kind
     "generate": ("samples",),
     "fuse": ("samples", "window", "length_control", "prompt"),
     "rank": ("keep", "prompt"),
-    "critique": ("prompt",),
+    "critique": ("reference", "prompt"),
+    "refine": ("prompt",),
     "verify": ("prompt",),
 }
 NEEDS = "models and layers"
@@ -36,6 +37,7 @@ class Step(BaseModel):
     window: Annotated[int, Field(ge=2)] | None = None  # drafts that are fused at once, the last fusion among the next
     length_control: bool = False  # asks for a response no longer than the longest draft
     keep: Count = 1  # of the ranked drafts, from the best
+    reference: bool = False  # shows the prompt's reference answer beside the drafts that are criticised
     prompt: Annotated[str, Field(min_length=1)] | None = None  # words of the request, instead of ours
 
 
@@ -98,8 +100,8 @@ def complete(data: dict[str, Any]) -> None:
                 step["model"] = [step["model"]]
 
 
-def wrong_aggregate(at: KeyPath, aggregate: Aggregate) -> Iterator[Problem]:
-    """Yield what contradicts what in an aggregate at a key."""
+def wrong_aggregate(at: KeyPath, aggregate: Aggregate, drafts: int = 0) -> Iterator[Problem]:
+    """Yield what contradicts what in an aggregate at a key, where there are ``drafts`` before its first layer."""
     names = [model.name for model in aggregate.models]
     yield from (problem._replace(at=(*at, *problem.at)) for problem in clashing_names("models", names))
     for number, model in enumerate(aggregate.models):
@@ -111,7 +113,6 @@ def wrong_aggregate(at: KeyPath, aggregate: Aggregate) -> Iterator[Problem]:
     for number, name in enumerate(names):
         if name not in asked:
             yield Problem((*at, "models", number, "name"), f"no step asks the model {name!r}: take it out, or name it")
-    drafts = 0
     for number, layer in enumerate(aggregate.layers):
         place = (*at, "layers", number)
         for at_step, step in enumerate(layer):

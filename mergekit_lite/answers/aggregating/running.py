@@ -82,6 +82,7 @@ def run(
     *,
     name: str,
     skip_missing: bool = False,
+    begin: Mapping[Key, Drafts] | None = None,
 ) -> Aggregation:
     """Answer every task.
 
@@ -94,13 +95,14 @@ def run(
         name: of the aggregate, for messages.
         skip_missing: go on with the drafts that are there, and without the prompts that lack a judgement or all drafts.
             Without it the run ends with the first layer that lacks anything.
+        begin: the drafts before the first layer, by the tasks' keys.
 
     Raises:
         RunError: a server can't be started, or another process writes the ledger.
         CheckpointError: a model can't be loaded.
     """
     models = digests(aggregate, path.parent)
-    found = Aggregation([Item(task, models) for task in tasks])
+    found = Aggregation([Item(task, models, (begin or {}).get(task.key, ())) for task in tasks])
     ledger = ledger_of(path)
     running = _Running(aggregate, ledger, opened, reports, found, skip_missing)
     try:
@@ -139,7 +141,7 @@ class _Running:
         """Bring every item through a layer; return whether the next one may begin."""
         live = [item for item in self.found.items if not item.lost]
         systems = self.aggregate.systems
-        running = {item: layer(steps, Conversation(item.task.prompt.messages, systems), item.drafts) for item in live}
+        running = {item: layer(steps, _conversation(item, systems), item.drafts) for item in live}
         if any(step.step == "fuse" for step in steps):
             for item in live:
                 item.fusions = []
@@ -235,6 +237,10 @@ class _Running:
         }
         if why:
             yield f"{self.title}: {name} lacks {len(why):,} of {len(calls):,} replies: {reasons(why)}"
+
+
+def _conversation(item: Item, systems: Mapping[str, str | None]) -> Conversation:
+    return Conversation(item.task.prompt.messages, systems, item.task.prompt.reference)
 
 
 def _next(item: Item, running: Asking[Drafts], replies: list[Reply | None] | None) -> list[Asked]:

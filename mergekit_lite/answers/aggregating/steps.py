@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from mergekit_lite.answers.aggregating.judgements import critiques_in, ranking_in, verdict_in
-from mergekit_lite.answers.aggregating.messages import Draft, to_check, to_criticise, to_judge, to_rank, with_drafts
+from mergekit_lite.answers.aggregating.messages import (
+    Draft,
+    to_check,
+    to_criticise,
+    to_judge,
+    to_rank,
+    to_refine,
+    with_drafts,
+)
 from mergekit_lite.answers.aggregating.recipe import Kind, Step
 from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.rows import Message, with_system
@@ -28,6 +36,7 @@ class Conversation(NamedTuple):
 
     messages: Sequence[Message]
     systems: Mapping[str, str | None]  # the system prompt of each model, for messages that have none of their own
+    reference: str | None = None  # the right or a good answer, if it is known
 
     def to(self, model: str) -> tuple[Message, ...]:
         """Return the messages as a model reads them."""
@@ -129,15 +138,28 @@ def rank(step: Step, asked: Conversation, drafts: Drafts) -> Asking[Drafts]:
 
 
 def critique(step: Step, asked: Conversation, drafts: Drafts) -> Asking[Drafts]:
-    """Return the drafts with a critique of each."""
+    """Return the drafts with a critique of each.
+
+    With the reference answer beside them the critique is what REFED calls feedback at the level of the response (Mehri
+    et al. 2025, arXiv 2502.04511).
+    """
+    if step.reference and asked.reference is None:
+        raise Lost("the prompt has no reference, which the critique is to see")
     call = Call(
         "critique",
         step.model[0],
-        to_criticise(asked.messages, drafts, step.prompt),
+        to_criticise(asked.messages, drafts, step.prompt, asked.reference if step.reference else None),
         "\n".join(f"[{number}]\nIt is." for number in range(1, len(drafts) + 1)),
     )
     (critiques,) = yield from _read([call], lambda text: critiques_in(text, len(drafts)), "critique of each draft")
     return tuple(draft._replace(critique=text) for draft, text in zip(drafts, critiques, strict=True))
+
+
+def refine(step: Step, asked: Conversation, drafts: Drafts) -> Asking[Drafts]:
+    """Return each draft as a model writes it anew, in view of its critique (SRT, Hu et al. 2024, arXiv 2406.07168)."""
+    calls = [Call("refine", step.model[0], to_refine(asked.messages, draft, step.prompt)) for draft in drafts]
+    replies = yield calls
+    return tuple(filter(None, map(_draft, calls, replies)))
 
 
 def verify(step: Step, asked: Conversation, drafts: Drafts) -> Asking[Drafts]:
@@ -162,6 +184,7 @@ STEPS: dict[Kind, Callable[[Step, Conversation, Drafts], Asking[Drafts]]] = {
     "fuse": fuse,
     "rank": rank,
     "critique": critique,
+    "refine": refine,
     "verify": verify,
 }
 

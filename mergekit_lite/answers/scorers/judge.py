@@ -2,13 +2,16 @@
 
 The judge sees the conversation and the answer between tags and is asked to end with ``Grade: N``. The number is read
 from its reply, after its thoughts; a reply without a number, with a range, or with a number off the scale gives no
-score. Before you trust a judge, read its replies to an empty and to an absurd answer.
+score. Asked several ``times``, its score is the mean of the grades it gives, as in Self-Rewarding (Yuan et al. 2024,
+arXiv 2401.10020), where the model judges itself. Before you trust a judge, read its replies to an empty and to an
+absurd answer.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from statistics import fmean
 
 from pydantic import field_validator, model_validator
 
@@ -22,7 +25,7 @@ from mergekit_lite.answers.scoring.judging import (
     said_in,
     with_fields,
 )
-from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer, ScorerSettings, scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerSettings, scorer
 from mergekit_lite.answers.server import Question
 from mergekit_lite.errors import shortened
 
@@ -54,6 +57,7 @@ class Options(JudgeOptions):
     prompt: str = PROMPT
     lowest: float = 1
     highest: float = 10
+    times: Positive = 1  # so often each answer is judged, with other seeds; the score is the mean
 
     @field_validator("prompt")
     @classmethod
@@ -64,6 +68,8 @@ class Options(JudgeOptions):
     def _has_scale(self) -> Options:
         if self.lowest >= self.highest:
             raise ValueError(f"lowest is {self.lowest:g}, highest {self.highest:g}: expected a lower and a higher one")
+        if self.times > 1 and self.temperature == 0:
+            raise ValueError(f"at temperature 0 the judge says the same {self.times} times: raise the temperature")
         return self
 
 
@@ -83,13 +89,19 @@ class Judge(Scorer):
             RunError: the server refuses, or has stopped answering.
         """
         questions = [
-            Question(place, self.options.turns(self._text(each)), seed_of("judge", each.prompt.id, each.answer))
-            for place, each in enumerate(judged)
+            Question(place, self.options.turns(self._text(each)), seed_of("judge", each.prompt.id, each.answer, *again))
+            for place, (each, again) in enumerate((each, again) for each in judged for again in self._times())
         ]
-        return [
+        grades = [
             Score(None, reply) if isinstance(reply, str) else grade_in(reply, self.options)
             for reply in replies_of(self.settings, self.options, questions)
         ]
+        times = self.options.times
+        return [_mean(grades[start : start + times]) for start in range(0, len(grades), times)]
+
+    def _times(self) -> list[tuple[int, ...]]:
+        """Return what tells the seeds apart by which an answer is judged again and again."""
+        return [(), *((time,) for time in range(1, self.options.times))]
 
     def _text(self, judged: Judged) -> str:
         return self.options.prompt.format(
@@ -99,6 +111,12 @@ class Judge(Scorer):
             lowest=f"{self.options.lowest:g}",
             highest=f"{self.options.highest:g}",
         )
+
+
+def _mean(grades: Sequence[Score]) -> Score:
+    """Return the mean of the grades there are; without any, the first reason why."""
+    values = [grade.value for grade in grades if grade.value is not None]
+    return Score(fmean(values)) if values else grades[0]
 
 
 def grade_in(reply: Reply, options: Options) -> Score:

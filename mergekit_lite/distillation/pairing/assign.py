@@ -68,8 +68,12 @@ def assignments(
 
 
 def teaching(pairing: Pairing, answers: Answers) -> list[Candidate]:
-    """Return the answers to imitate: those of the sources, without the student whose answers tell the difficulty."""
-    return [answer for answer in answers.sources if answer.source != pairing.sft_rows.student]
+    """Return the answers to imitate: those of the sources, or of the one that is asked for good answers.
+
+    The student whose answers tell the difficulty is never imitated.
+    """
+    taught = [answer for answer in answers.sources if answer.source != pairing.sft_rows.student]
+    return [answer for answer in taught if pairing.chosen in (None, answer.source)]
 
 
 def _as_is(answers: Sequence[Candidate]) -> Assignment:
@@ -154,11 +158,15 @@ def _offers(pairing: Pairing, prompt: str, answers: Answers, seed: int) -> Offer
     rule = partial(RULES[pairing.rule], **pairing.options)
     if pairing.rule == "simplemix":
         return rule(answers, draw=seed_of(seed, "simplemix", prompt) / 2**31)
-    if pairing.rule in ("best_worst", "sweet_spot"):
-        sources = answers.sources if pairing.answers != "target" else ()
-        target = answers.target if pairing.answers != "sources" else ()
-        return rule(Answers(sources, target))
-    return rule(answers)
+    if pairing.rule == "asked":
+        return rule(answers, chosen=pairing.chosen, rejected=pairing.rejected)
+    if pairing.rule not in ("best_worst", "sweet_spot", "crossed"):
+        return rule(answers)
+    sources = answers.sources if pairing.answers != "target" else ()
+    target = answers.target if pairing.answers != "sources" else ()
+    if pairing.rule == "crossed":
+        return rule(Answers(sources, target, answers.others), draw=seed_of(seed, "crossed", prompt) / 2**31)
+    return rule(Answers(sources, target))
 
 
 def _gap_filter(pairing: Pairing, offers: Iterable[Offers]) -> Filter:

@@ -9,11 +9,13 @@ from mergekit_lite.answers.aggregating.recipe import wrong_aggregate
 from mergekit_lite.answers.asked_model import wrong_model
 from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, not_named, one_origin, wrong_sampling
 from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
+from mergekit_lite.distillation.recipe.continuing import continuing_problems
 from mergekit_lite.distillation.recipe.fusing import fusing_problems
 from mergekit_lite.distillation.recipe.rounds import rounds_problems
 from mergekit_lite.distillation.recipe.schema import (
     TARGET,
     TARGET_RULES,
+    UNSCORED,
     GivenRows,
     Pairing,
     Recipe,
@@ -21,12 +23,13 @@ from mergekit_lite.distillation.recipe.schema import (
     Train,
 )
 from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections, wrong_nearest
+from mergekit_lite.distillation.recipe.unscored import wrong_systems, wrong_unscored
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
 GIVEN = "given"  # the kind of scorer whose scores the data have
-DRAWN = ("answers", "draw")  # parameters of rules that the stage gives, not the recipe
-OF_AGGREGATE = {"name", "aggregate", "samples", "samples_for", "domains", "thoughts"}  # keys of such a source
+DRAWN = ("answers", "draw", "chosen", "rejected")  # parameters of rules that the stage gives, not the recipe
+OF_AGGREGATE = {"name", "aggregate", "drafts", "samples", "samples_for", "domains", "thoughts"}  # keys of such a source
 
 
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
@@ -41,6 +44,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         for number, prompts in enumerate(recipe.prompts):
             yield from one_origin(("prompts", number), prompts)
             yield from wrong_nearest(("prompts", number, "nearest"), prompts.nearest)
+            yield from wrong_systems(("prompts", number, "systems"), prompts.systems)
         yield from pairing_problems(recipe)
     if not recipe.train.stages:
         yield Problem(("train",), f"'train' has none of {', '.join(Train.model_fields)}: at least one is needed")
@@ -50,6 +54,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
     yield from _given_scores(recipe)
     yield from _target_source(recipe)
+    yield from continuing_problems(recipe)
     yield from rounds_problems(recipe)
     yield from _report(recipe)
 
@@ -154,8 +159,10 @@ def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
     if source.aggregate is not None:
         for key in sorted(source.model_fields_set - OF_AGGREGATE):
             yield Problem((*at, key), f"{key!r} has no effect here: say it of a model of the 'aggregate'")
-        yield from wrong_aggregate((*at, "aggregate"), source.aggregate)
+        yield from wrong_aggregate((*at, "aggregate"), source.aggregate, drafts=int(source.drafts is not None))
     else:
+        if source.drafts is not None:
+            yield Problem((*at, "drafts"), "'drafts' has no effect here: it is for an 'aggregate'")
         if not source.model:
             yield Problem(at, f"{_of(at)} has no 'model', no 'aggregate' and no 'answers'")
         yield from wrong_model(at, source)
@@ -208,10 +215,11 @@ def _target_source(recipe: Recipe) -> Iterator[Problem]:
 def _pairing(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
     yield from pairing_scorers(pairing, [scorer.name for scorer in recipe.scorers], at)
     yield from selections(recipe, pairing, at)
+    if pairing.score is None and pairing.rule not in UNSCORED:
+        yield Problem(at, f"{pairing.rule} ranks answers: name the scorer as `score`")
     if pairing.rule != "as_is":
-        if pairing.score is None:
-            yield Problem(at, f"{pairing.rule} ranks answers: name the scorer as `score`")
         yield from _rule_options(pairing, at)
+    yield from wrong_unscored(recipe, pairing, at)
     if pairing.gap != (None, None) and pairing.gap_quantiles is not None:
         yield Problem((*at, "gap_quantiles"), "gap and gap_quantiles are two ways to say the same: give one")
     for key in ("gap", "gap_quantiles", "gap_own"):
@@ -227,7 +235,7 @@ def _pairing(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]
             yield Problem((*at, "split"), text)
     if pairing.gap_own is not None and not pairing.needs_target:
         yield Problem((*at, "gap_own"), "'gap_own' has no effect here: the target's own answers are in no pair")
-    if pairing.answers != "sources" and pairing.rule in ("fusechat3", *TARGET_RULES):
+    if pairing.answers != "sources" and pairing.rule in ("fusechat3", "asked", *TARGET_RULES):
         yield Problem((*at, "answers"), f"{pairing.rule} says itself whose answers it pairs: leave it out")
 
 

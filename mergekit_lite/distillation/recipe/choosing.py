@@ -33,10 +33,19 @@ class Nearest(Choosing):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
+class Systems(Choosing):
+    """Asks each prompt under several system messages, each time as a prompt of its own."""
+
+    texts: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # of which each prompt has some, drawn by the seed
+    column: str | None = None  # or the column with the prompt's own, a list of texts, of which it has the first
+    each: Annotated[int, Field(ge=2)] = 3  # so many to a prompt
+
+
 class ChosenPrompts(Prompts):
-    """A source of prompts, of which some may be chosen."""
+    """A source of prompts, of which some may be chosen, and which may be asked under several system messages."""
 
     nearest: Nearest | None = None
+    systems: Systems | None = None
 
 
 class Combined(Choosing):

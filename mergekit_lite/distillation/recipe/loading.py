@@ -35,15 +35,20 @@ def parse(content: str, source: str, folder: Path) -> Recipe:
 
 
 def _completed(data: dict[str, Any]) -> None:
-    """Put in what users leave out: of ``target_source``, ``rounds`` that are a number, and the layers of aggregates."""
+    """Put in what users leave out: of ``target_source``, and lists around what would be the only thing in them."""
     if isinstance(own := data.get("target_source"), dict):
         data["target_source"] = {"name": TARGET, "model": TARGET, **own}
     if isinstance(data.get("rounds"), int | float):
         data["rounds"] = {"number": data["rounds"]}
     sources = data.get("sources")
     for source in (*(sources if isinstance(sources, list) else ()), data.get("target_source")):
-        if isinstance(source, dict) and isinstance(source.get("aggregate"), dict):
+        if not isinstance(source, dict):
+            continue
+        if isinstance(source.get("aggregate"), dict):
             complete(source["aggregate"])
+        continues = source.get("continues")
+        if isinstance(continues, dict) and isinstance(continues.get("share"), int | float):
+            continues["share"] = [continues["share"]]
 
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:

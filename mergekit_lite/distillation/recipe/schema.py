@@ -21,7 +21,8 @@ TARGET = "target"  # names the source that is the target itself, after its SFT
 TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own answers
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "as_is"]
+Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "crossed", "asked", "as_is"]
+UNSCORED = ("crossed", "asked", "as_is")  # rules that do without scores
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 
 
@@ -46,11 +47,20 @@ class GivenRows(Strict):
     preference: tuple[Data, ...] = ()
 
 
+class Continues(Strict):
+    """Begins a source's answers by what another source has said."""
+
+    source: str  # the other one's name
+    share: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)]  # of its answer, in turn
+
+
 class RecipeSource(AskedModel):
     """A model that answers prompts; several that answer together; or answers that are there."""
 
     answers: tuple[GivenAnswers, ...] = ()  # instead of a model
     aggregate: Aggregate | None = None  # instead of a model: several, and the layers of steps that they take
+    continues: Continues | None = None  # goes on from the beginnings of another source's answers
+    drafts: str | None = None  # of an aggregate: the source whose answers its first layer has as drafts
     one_request: bool = False  # for all answers to a prompt, as far as the server gives several (`n`)
     samples: Count = 5  # answers to each prompt
     samples_for: dict[str, Count] = Field(default={})  # overrides by domain
@@ -104,7 +114,9 @@ class RecipeScorer(ScorerSettings):
 class PairingRules(Strict):
     """How scored answers become training rows, apart from the rule."""
 
-    score: Score | None = None  # the scorer that ranks, or several; only as_is does without
+    score: Score | None = None  # the scorer that ranks, or several; only the rules of UNSCORED do without
+    chosen: str | None = None  # for the rule asked: the source of the chosen answers, and of SFT
+    rejected: str | None = None  # for the rule asked: the source of the rejected answers
     veto: dict[str, float] = {}  # scorer: the least score of chosen answers and SFT
     correct: str | None = None  # a verifier: only answers that it scores 1 are chosen, only others rejected
     answers: Literal["sources", "target", "all"] = "sources"  # whose answers best_worst and sweet_spot pair
@@ -159,7 +171,7 @@ class Pairing(PairingRules):
         """Whether pairs are made of answers that the target gives after its SFT."""
         if self.rule == "as_is" or (self.split == "share" and self.sft_share == 1):
             return False
-        return self.rule in TARGET_RULES or (self.rule != "fusechat3" and self.answers != "sources")
+        return self.rule in TARGET_RULES or (self.rule not in ("fusechat3", "asked") and self.answers != "sources")
 
     @property
     def reads_sources(self) -> bool:
@@ -169,14 +181,14 @@ class Pairing(PairingRules):
     def of(self, domain: str) -> Pairing:
         """Return the pairing of one domain, without further overrides.
 
-        Another rule starts without options, and other bounds of gaps replace both kinds of bounds.
+        Another rule starts without options and named sources, and other bounds of gaps replace both kinds of bounds.
         """
         override = self.domains.get(domain, DomainPairing())
         changes = {name: getattr(override, name) for name in override.model_fields_set}
         if changes.get("rule") is None:
             changes["rule"] = self.rule
         elif changes["rule"] != self.rule:
-            changes.setdefault("options", {})
+            changes = {"options": {}, "chosen": None, "rejected": None, **changes}
         if "gap" in changes or "gap_quantiles" in changes:
             changes = {"gap": (None, None), "gap_quantiles": None, **changes}
         return self.model_copy(update={**changes, "domains": {}})

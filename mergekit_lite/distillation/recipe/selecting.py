@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_lite.answers.problems import KeyPath, Problem, not_named, one_origin
 from mergekit_lite.distillation.recipe.choosing import Combined, Nearest
-from mergekit_lite.distillation.recipe.schema import Pairing, PairingRules, Recipe
+from mergekit_lite.distillation.recipe.schema import UNSCORED, Pairing, PairingRules, Recipe
 
 COMPARING = ("correct", "options", "gap", "gap_quantiles", "gap_own", "chosen_score")  # keys that as_is doesn't read
 
@@ -87,7 +87,7 @@ def _sft_rows(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem
     rows, sources = pairing.sft_rows, [source.name for source in recipe.sources]
     if rows.model_fields_set and not rows.selects:
         yield Problem(at, "it selects nothing: give `least`, `top`, or `rising: true`")
-    if rows.needs_score and pairing.score is None and pairing.rule == "as_is":
+    if rows.needs_score and pairing.score is None and pairing.rule in UNSCORED:
         yield Problem(at, f"rows are selected by {rows.by}: name the scorer as `score` of the pairs")
     if (rows.by == "difficulty") != (rows.student is not None):
         text = "`by: difficulty` and `student: SOURCE` need each other: the source whose answers are compared"

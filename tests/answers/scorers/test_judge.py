@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -160,3 +162,28 @@ def test_a_judge_may_have_several_urls_and_be_told_not_to_think() -> None:
     assert [score.value for score in scores] == list(range(1, 10))
     assert one.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False} and one.bodies[0]["effort"] == "low"
     assert one.bodies[0]["temperature"] == 0 and "top_p" not in one.bodies[0]
+
+
+def test_a_judge_that_is_asked_several_times_gives_the_mean() -> None:
+    """As Self-Rewarding has it. Replies without a grade are left out; each judging has its own seed."""
+    said: dict[int, str] = {}
+
+    def reply(body: dict[str, Any]) -> str:
+        if "nonsense" in body["messages"][-1]["content"]:
+            return "I don't know."
+        return said.setdefault(body["seed"], ["Grade: 2", "Grade: 5", "Well."][len(said) % 3])
+
+    with fake_server(Fake(reply=reply)) as fake:
+        options = Options(times=3, temperature=0.7, lowest=0, highest=5)
+        judge = Judge(ScorerSettings(name="self", kind="judge", model="m", server=fake.url, concurrency=1), options)
+        first, second = judge.score([judged("fine"), judged("nonsense")])
+        assert first == Score(3.5) and second.value is None and "no grade" in second.why
+        assert len({body["seed"] for body in fake.bodies}) == 6
+        once = Judge(judge.settings, Options(lowest=0, highest=5))
+        once.score([judged("fine")])
+        assert fake.bodies[-1]["seed"] == fake.bodies[0]["seed"], "the first judging is that of a judge asked once"
+
+
+def test_a_judge_that_would_say_the_same_is_refused() -> None:
+    with pytest.raises(ValidationError, match="raise the temperature"):
+        Options(times=3)
