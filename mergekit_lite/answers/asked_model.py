@@ -22,9 +22,9 @@ M = TypeVar("M", bound="AskedModel")
 SERVERS_ONLY = {"presence_penalty", "frequency_penalty", "chat_template_kwargs", "extra_body"}  # keys of sampling
 VLLM_TOO = {"presence_penalty", "frequency_penalty"}
 NO_ENGINE_OPTIONS = {
-    "model": "it is the source's 'model'",
-    "dtype": "it is the source's 'dtype'",
-    "trust_remote_code": "code of a model is never run in this process. Serve it, and give the source a 'server'",
+    "model": "it is the key 'model' beside it",
+    "dtype": "it is the key 'dtype' beside it",
+    "trust_remote_code": "code of a model is never run in this process. Serve it, and give its 'server'",
 }
 MOST_IN_CONTEXT = 4_000_000  # bytes of a file of rules and examples
 
