@@ -38,6 +38,7 @@ COMMANDS = {  # with what help says of each in a line
     "boost": "Choose alpha or recipe numbers by measuring.",
     "preview": "Hear what an alpha would answer.",
     "push": "Put an output on the Hugging Face hub.",
+    "app": "Open a local page for all of it.",
 }
 RESUMED = {  # commands that go on by themselves where they stopped, with what an interrupted user should know
     "answer": "What was replied is kept: the same command goes on.",

@@ -1,0 +1,104 @@
+"""Folders that the page may read: those below its root, and the cache of the hub."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_lite.errors import UsageError
+from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar
+
+DEPTH = 3  # folders below the root in which models are looked for
+MOST_MODELS = 500
+WEIGHTS = (".safetensors", ".gguf")
+NAME = re.compile(r"\w[\w.-]{0,100}")
+
+
+def hub_cache() -> Path:
+    """Return the folder in which the hub's library keeps what it downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+@dataclass(frozen=True)
+class Places:
+    """The root, which is the process's folder too, and the hub's cache."""
+
+    root: Path
+    cache: Path
+
+    def may_read(self, path: Path) -> bool:
+        """Whether a path, with all links followed, lies below the root or in the cache."""
+        resolved = path.resolve()
+        return any(resolved.is_relative_to(folder.resolve()) for folder in (self.root, self.cache))
+
+    def refusal(self, reference: str) -> str:
+        """Return why the page does not read what a text would name as a reference; empty where it may.
+
+        Any text may be asked: one that names no path lies below the root, as a path. Of a folder, what lies in it may
+        not lead out either.
+        """
+        if "://" in reference:
+            return f"{reference!r} is elsewhere: the page reads folders below its root, and the cache of the hub"
+        for part in _paths(reference):
+            try:
+                path = self.root / part
+                inside = list(path.iterdir()) if path.is_dir() else []
+                if part.startswith("~") or not all(map(self.may_read, (path, *inside))):
+                    return f"{part!r} leads out of {self.root}, the root of this page: start it with another --root"
+            except (OSError, ValueError, RuntimeError) as error:  # no access; a NUL byte; links in a circle
+                if getattr(error, "errno", None) != errno.ENAMETOOLONG:  # no path at all, as a chat template
+                    return f"{part!r} can't be read: {error}"
+        return ""
+
+    def problems(self, tree: Node) -> Iterator[Remark]:
+        """Yield every text of a recipe that would lead out, at its place."""
+        if isinstance(tree, Scalar) and isinstance(tree.value, str):
+            if why := self.refusal(tree.value):
+                yield Remark(tree.at, why)
+        elif isinstance(tree, Items):
+            for item in tree.items:
+                yield from self.problems(item)
+        elif isinstance(tree, Fields):
+            for _, value in tree.entries:
+                yield from self.problems(value)
+
+    def output(self, name: str) -> str:
+        """Return the name of an output in the root as it is. Raises UsageError where it is none."""
+        if not NAME.fullmatch(name):
+            raise UsageError(
+                f"The output is a new folder in {self.root}: a name of letters, digits, '.', '_', '-'; got {name!r}."
+            )
+        return name
+
+    def models(self) -> list[str]:
+        """Return the models that may be chosen: folders with weights below the root, then those of the cache."""
+        found = sorted(_with_weights(self.root, DEPTH))[:MOST_MODELS]
+        here = [f"./{folder.relative_to(self.root).as_posix()}" for folder in found if self.may_read(folder)]
+        kept = [path.name.split("--") for path in sorted(self.cache.glob("models--*--*/")) if path.is_dir()]
+        return [*here, *("/".join(parts[1:]) for parts in kept if len(parts) == 3)]
+
+
+def _paths(reference: str) -> Iterator[str]:
+    """Yield whatever a reference may take for a path: its whole, its summands, and what its signs separate.
+
+    All meanings are looked at, since which one holds depends on what is there (``ckpt.pt:ema``, ``hf=A:B``).
+    """
+    yield from {reference, *reference.split("+"), *re.split("[+:=>]", reference)}
+
+
+def _with_weights(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError:
+        return
+    if any(entry.name.endswith(WEIGHTS) for entry in entries):
+        yield folder
+    for entry in entries:
+        if depth and entry.is_dir(follow_symlinks=False):
+            yield from _with_weights(Path(entry.path), depth - 1)
