@@ -56,6 +56,7 @@ def _numbers(node: Node, key: str, model: str) -> Iterator[Number]:
                 place = f" ({count} of {len(node.items)} along the layers)" if isinstance(item, Scalar) else ""
                 yield number._replace(label=number.label + place)
     elif key in RANGES and isinstance(node.value, int | float) and not isinstance(node.value, bool):
-        value, (least, most) = float(node.value), RANGES[key]
+        value = float(node.value)
+        least, most = RANGES[key]
         of = f" of {model}" if model else ""
         yield Number(f"{key}{of}, line {node.at.line}", value, node.at, node.text, min(least, value), max(most, value))

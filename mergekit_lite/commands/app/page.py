@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,13 +27,14 @@ MARKED_LINES = 100  # of a recipe: of longer ones the editor has not all lines i
 TICK = 1.0  # seconds between two looks at a run
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+PLAIN = re.compile(r"[\w./-]+")  # names that YAML takes as they are
 FIRST = """\
 merge_method: linear
 models:
-  - model: ./first
-    parameters: {weight: 0.5}
-  - model: ./second
-    parameters: {weight: 0.5}
+  - model: {}
+    parameters: {{weight: 0.5}}
+  - model: {}
+    parameters: {{weight: 0.5}}
 """
 
 
@@ -109,7 +111,15 @@ def _recipe(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
     template = gr.Dropdown(list(known), value=None, label="Start from a template", elem_id="template")
     with gr.Row(elem_classes="columns"):
         with gr.Column(min_width=300):
-            text = gr.Code(_latest(runs), language="yaml", label="Recipe", lines=16, elem_id="recipe", wrap_lines=True)
+            text = gr.Code(
+                lambda: _latest(places, runs),
+                language="yaml",
+                label="Recipe",
+                lines=16,
+                elem_id="recipe",
+                wrap_lines=True,
+                buttons=["copy"],
+            )
             sliders = [gr.Slider(0, 1, visible=False, interactive=True) for _ in range(SLIDERS)]
         with gr.Column(min_width=300):
             told = gr.HTML(elem_id="plan")
@@ -144,10 +154,13 @@ def _recipe(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
     return text
 
 
-def _latest(runs: Runs) -> str:
+def _latest(places: Places, runs: Runs) -> str:
     """Return the recipe of the latest run, or one to begin with."""
     path = runs.folder / f"{runs.state().output}.yml"
-    return text_of(path) if path.is_file() else FIRST
+    if path.is_file():
+        return text_of(path)
+    models = [*filter(PLAIN.fullmatch, places.models()), "./first", "./second"]
+    return FIRST.format(*models)
 
 
 def _moved(result: Planned) -> list[Any]:

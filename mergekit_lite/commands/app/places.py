@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar
 
 DEPTH = 3  # folders below the root in which models are looked for
 MOST_MODELS = 500
+MODELS = ("model", "base_model")  # keys of a recipe that name one
 WEIGHTS = (".safetensors", ".gguf")
 NAME = re.compile(r"\w[\w.-]{0,100}")
 
@@ -56,8 +57,22 @@ class Places:
                     return f"{part!r} can't be read: {error}"
         return ""
 
+    def missing(self, reference: str) -> str:
+        """Return why a model is not to be had, with the nearest name; empty where it is, or may be.
+
+        Sums and other references of several parts are left to what opens them.
+        """
+        if re.search("[+:@]", reference) or (self.root / reference).exists():
+            return ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith("."):
+            kept = self.cache / f"models--{reference.replace('/', '--')}"
+            download = f"the page downloads nothing: hf download {reference}"
+            said = f"{reference!r} is no folder here and not in the hub's cache; {download}"
+            return "" if kept.is_dir() else f"{said}.{nearest(reference, self.models())}"
+        return f"there is no model {reference!r} below {self.root}.{nearest(reference, self.models())}"
+
     def problems(self, tree: Node) -> Iterator[Remark]:
-        """Yield every text of a recipe that would lead out, at its place."""
+        """Yield every text of a recipe that would lead out, and every model that is missing, at its place."""
         if isinstance(tree, Scalar) and isinstance(tree.value, str):
             if why := self.refusal(tree.value):
                 yield Remark(tree.at, why)
@@ -65,8 +80,12 @@ class Places:
             for item in tree.items:
                 yield from self.problems(item)
         elif isinstance(tree, Fields):
-            for _, value in tree.entries:
-                yield from self.problems(value)
+            for key, value in tree.entries:
+                found = list(self.problems(value))
+                yield from found
+                name = value.value if key.text in MODELS and isinstance(value, Scalar) else None
+                if isinstance(name, str) and not found and (why := self.missing(name)):
+                    yield Remark(value.at, why)
 
     def output(self, name: str) -> str:
         """Return the name of an output in the root as it is. Raises UsageError where it is none."""

@@ -41,7 +41,9 @@ def planned(text: str, output: str, places: Places) -> Planned:
     try:
         documents = read_documents(text, SOURCE)
         if len(documents) != 1:
-            raise RecipeError(SOURCE, [Remark(documents[1].at, "the page takes one document; the command takes several")])
+            raise RecipeError(
+                SOURCE, [Remark(documents[1].at, "the page takes one document; the command takes several")]
+            )
         (tree,) = documents
         if problems := list(places.problems(tree)):
             raise RecipeError(SOURCE, problems)
@@ -97,14 +99,15 @@ def _plan(plan: Plan, notes: Sequence[str]) -> Iterator[Markup]:
         f"{size(memory_estimate(plan, None))} of memory.",
         class_="sound",
     )
+    yield element("p", "As recipe.yml: ", element("code", "mergekit-lite plan recipe.yml"))
     for note in filter(None, (*notes, what_is_missing(plan))):
         yield element("p", f"⚠ {note}", class_="warning")
     found = groups(plan)
     rows = [
-        (f"{group.tensors:,}", size(group.nbytes), group.dtype, group.what, group.example)
+        (f"{group.tensors:,}", size(group.nbytes), group.dtype, f"{group.what}\nfor example {group.example}")
         for group in found[:MOST_GROUPS]
     ]
-    yield table(("tensors", "size", "dtype", "what happens", "for example"), rows)
+    yield table(("tensors", "size", "dtype", "what happens"), rows)
     if len(found) > MOST_GROUPS:
         yield element("p", f"… and {counted(len(found) - MOST_GROUPS, 'group')} more: mergekit-lite plan shows all")
     left_out = [f"{name} of {reference}: {why}" for reference, name, why in plan.left_out]

@@ -37,7 +37,10 @@ def shown_command(arguments: list[str]) -> str:
 
 
 def ask(root: Path, arguments: list[str], seconds: float = 600) -> str:
-    """Return what a command that only looks prints, to both of its streams. Raises UsageError where it takes longer."""
+    """Return what a command that only looks prints to both of its streams, without its progress.
+
+    Raises UsageError where it takes longer than some seconds.
+    """
     try:
         done = subprocess.run(
             [*PROGRAM, *arguments], cwd=root, text=True, errors="replace", timeout=seconds,
@@ -45,7 +48,7 @@ def ask(root: Path, arguments: list[str], seconds: float = 600) -> str:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise UsageError(f"It took longer than {seconds:g} s: {shown_command(arguments)}") from None
-    return plain(done.stdout)
+    return "\n".join(line for line in plain(done.stdout).splitlines() if not PROGRESS.match(line))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ from mergekit_lite.errors import UsageError
 
 
 def serve(root: Path, port: int) -> None:
-    """Serve the page for a root, the process's folder, until it is interrupted. Raises UsageError: the port is taken."""
+    """Serve the page for a root, the process's folder, until it is interrupted.
+
+    Raises UsageError where the port is taken.
+    """
     with socket.socket() as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
