@@ -112,7 +112,7 @@ def _recipe(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
     with gr.Row(elem_classes="columns"):
         with gr.Column(min_width=300):
             text = gr.Code(
-                lambda: _latest(places, runs),
+                _latest(places, runs),
                 language="yaml",
                 label="Recipe",
                 lines=16,
@@ -145,8 +145,8 @@ def _recipe(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
         return element("p", headline(prediction) if prediction else not_predicted(plan) or "It can't be told here.")
 
     quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
-    for event in (text.change, blocks.load):
-        on(event, replanned, text, [told, time, *sliders], **quick)
+    # One event for both: of two, the plan of the text that was there first might come last.
+    gr.on([text.change, blocks.load], replanned, text, [told, time, *sliders], api_visibility="private", **quick)
     for number, slider in enumerate(sliders):
         on(slider.input, moved(number), [text, slider], text, **quick)
     on(template.input, lambda name: known[name].read_text(encoding="utf-8"), template, text)
