@@ -40,6 +40,10 @@ class PlainLibrary(build_ext):
 class WithRecipes(build_py):
     """Puts the recipes of the methods beside the page that offers them (commands/app/page.py)."""
 
+    def get_source_files(self):
+        """Return what a source package holds of this: the recipes, too."""
+        return [*super().get_source_files(), *map(str, sorted(Path("recipes/methods").glob("*.yml")))]
+
     def run(self):
         """Copy the package, then the recipes; a checkout that is installed as it is has them already."""
         super().run()
