@@ -56,7 +56,9 @@ def _numbers(node: Node, key: str, model: str) -> Iterator[Number]:
                 place = f" ({count} of {len(node.items)} along the layers)" if isinstance(item, Scalar) else ""
                 yield number._replace(label=number.label + place)
     elif key in RANGES and isinstance(node.value, int | float) and not isinstance(node.value, bool):
-        value = float(node.value)
+        stands = float(node.value)
         least, most = RANGES[key]
         of = f" of {model}" if model else ""
-        yield Number(f"{key}{of}, line {node.at.line}", value, node.at, node.text, min(least, value), max(most, value))
+        yield Number(
+            f"{key}{of}, line {node.at.line}", stands, node.at, node.text, min(least, stands), max(most, stands)
+        )

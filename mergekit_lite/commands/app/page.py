@@ -49,7 +49,8 @@ def templates() -> dict[str, Path]:
 def page(places: Places) -> gr.Blocks:
     """Return the page for the models in some places."""
     runs = Runs(places.root)
-    with gr.Blocks(title="mergekit-lite", analytics_enabled=False, fill_width=False) as blocks:
+    blocks = gr.Blocks(title="mergekit-lite", analytics_enabled=False, fill_width=False)
+    with blocks:
         gr.HTML(element("h1", "mergekit-lite"))
         with gr.Tab("Models"):
             _models(places)
