@@ -92,7 +92,10 @@ def test_no_other_key_leads_out(places: Places, key: str) -> None:
 
 def test_texts_that_are_no_paths_pass(places: Places) -> None:
     """A chat template is as long as it likes, and a filter has signs of its own."""
-    template = "{% for m in messages %}" + "{{ m['role'] + ': ' + m['content'] }}" * 200 + "{% endfor %}"
+    (places.root / "link").symlink_to(places.root.parent / "secret")  # the root itself is never what is read
+    template = (
+        "see https://host/page {% for m in messages %}" + "{{ m['role'] + ': ' + m['content'] }}" * 200 + "{% endfor %}"
+    )
     text = f"{TIES}chat_template: \"{template}\"\nexclude: ['regex:^model\\..*norm', lm_head]\n"
     assert not problems(text, places)
 

@@ -32,6 +32,8 @@ def command(root: Path, port: int) -> None:
     The page is served on 127.0.0.1 alone. It runs the commands that it shows, with ROOT as their folder. Models come
     from below ROOT and from the cache of the hub; nothing is downloaded.
     """
+    if os.name != "posix":
+        raise UsageError("The page needs Linux or macOS: runs are followed by locks that only these have.")
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: it reads this once
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.chdir(root)  # references of a recipe are taken from here, as the commands take them

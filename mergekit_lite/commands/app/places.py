@@ -16,6 +16,7 @@ DEPTH = 3  # folders below the root in which models are looked for
 MOST_MODELS = 500
 MODELS = ("model", "base_model")  # keys of a recipe that name one
 WEIGHTS = (".safetensors", ".gguf")
+ELSEWHERE = re.compile(r"(^|[+:=>])[\w.-]+://")  # an address, alone or as a part of a reference
 NAME = re.compile(r"\w[\w.-]{0,100}")
 
 
@@ -44,7 +45,7 @@ class Places:
         Any text may be asked: one that names no path lies below the root, as a path. Of a folder, what lies in it may
         not lead out either.
         """
-        if "://" in reference:
+        if ELSEWHERE.search(reference):
             return f"{reference!r} is elsewhere: the page reads folders below its root, and the cache of the hub"
         for part in _paths(reference):
             try:
@@ -108,7 +109,7 @@ def _paths(reference: str) -> Iterator[str]:
 
     All meanings are looked at, since which one holds depends on what is there (``ckpt.pt:ema``, ``hf=A:B``).
     """
-    yield from {reference, *reference.split("+"), *re.split("[+:=>]", reference)}
+    yield from {reference, *reference.split("+"), *re.split("[+:=>]", reference)} - {""}
 
 
 def _with_weights(folder: Path, depth: int) -> Iterator[Path]:
