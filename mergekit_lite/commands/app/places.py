@@ -82,6 +82,8 @@ class Places:
                 yield from self.problems(item)
         elif isinstance(tree, Fields):
             for key, value in tree.entries:
+                if key.text == "chat_template":  # a name or the text itself, never a path
+                    continue
                 found = list(self.problems(value))
                 yield from found
                 name = value.value if key.text in MODELS and isinstance(value, Scalar) else None
