@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 KERNELS = "mergekit_lite.ops._compiled"
 
@@ -36,6 +37,20 @@ class PlainLibrary(build_ext):
         return ext.export_symbols
 
 
+class WithRecipes(build_py):
+    """Puts the recipes of the methods beside the page that offers them (commands/app/page.py)."""
+
+    def get_source_files(self):
+        """Return what a source package holds of this: the recipes, too."""
+        return [*super().get_source_files(), *map(str, sorted(Path("recipes/methods").glob("*.yml")))]
+
+    def run(self):
+        """Copy the package, then the recipes; a checkout that is installed as it is has them already."""
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree("recipes/methods", str(Path(self.build_lib, "mergekit_lite", "commands", "app", "recipes")))
+
+
 class AnyPythonWheel(bdist_wheel):
     """Tags the wheel by its platform alone: by the oldest glibc that the kernels run with, where they need one."""
 
@@ -50,7 +65,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    cmdclass={"build_ext": PlainLibrary, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build_py": WithRecipes, "build_ext": PlainLibrary, "bdist_wheel": AnyPythonWheel},
     ext_modules=[
         Extension(
             KERNELS,

@@ -39,6 +39,7 @@ COMMANDS = {  # with what help says of each in a line
     "preview": "Hear what an alpha would answer.",
     "estimate": "Tell a benchmark's score by a hundred items.",
     "push": "Put an output on the Hugging Face hub.",
+    "app": "Open a local page for all of it.",
 }
 RESUMED = {  # commands that go on by themselves where they stopped, with what an interrupted user should know
     "answer": "What was replied is kept: the same command goes on.",

@@ -1,0 +1,126 @@
+"""Folders that the page may read: those below its root, and the cache of the hub."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_lite.errors import UsageError, nearest
+from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar
+
+DEPTH = 3  # folders below the root in which models are looked for
+MOST_MODELS = 500
+MODELS = ("model", "base_model")  # keys of a recipe that name one
+WEIGHTS = (".safetensors", ".gguf")
+ELSEWHERE = re.compile(r"(^|[+:=>])[\w.-]+://")  # an address, alone or as a part of a reference
+NAME = re.compile(r"\w[\w.-]{0,100}")
+
+
+def hub_cache() -> Path:
+    """Return the folder in which the hub's library keeps what it downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+@dataclass(frozen=True)
+class Places:
+    """The root, which is the process's folder too, and the hub's cache."""
+
+    root: Path
+    cache: Path
+
+    def may_read(self, path: Path) -> bool:
+        """Whether a path, with all links followed, lies below the root or in the cache."""
+        resolved = path.resolve()
+        return any(resolved.is_relative_to(folder.resolve()) for folder in (self.root, self.cache))
+
+    def refusal(self, reference: str) -> str:
+        """Return why the page does not read what a text would name as a reference; empty where it may.
+
+        Any text may be asked: one that names no path lies below the root, as a path. Of a folder, what lies in it may
+        not lead out either.
+        """
+        if ELSEWHERE.search(reference):
+            return f"{reference!r} is elsewhere: the page reads folders below its root, and the cache of the hub"
+        for part in _paths(reference):
+            try:
+                path = self.root / part
+                inside = list(path.iterdir()) if path.is_dir() else []
+                if part.startswith("~") or not all(map(self.may_read, (path, *inside))):
+                    return f"{part!r} leads out of {self.root}, the root of this page: start it with another --root"
+            except (OSError, ValueError, RuntimeError) as error:  # no access; a NUL byte; links in a circle
+                if getattr(error, "errno", None) != errno.ENAMETOOLONG:  # no path at all, as a chat template
+                    return f"{part!r} can't be read: {error}"
+        return ""
+
+    def missing(self, reference: str) -> str:
+        """Return why a model is not to be had, with the nearest name; empty where it is, or may be.
+
+        Sums and other references of several parts are left to what opens them.
+        """
+        if re.search("[+:@]", reference) or (self.root / reference).exists():
+            return ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith("."):
+            kept = self.cache / f"models--{reference.replace('/', '--')}"
+            download = f"the page downloads nothing: hf download {reference}"
+            said = f"{reference!r} is no folder here and not in the hub's cache; {download}"
+            return "" if kept.is_dir() else f"{said}.{nearest(reference, self.models())}"
+        return f"there is no model {reference!r} below {self.root}.{nearest(reference, self.models())}"
+
+    def problems(self, tree: Node) -> Iterator[Remark]:
+        """Yield every text of a recipe that would lead out, and every model that is missing, at its place."""
+        if isinstance(tree, Scalar) and isinstance(tree.value, str):
+            if why := self.refusal(tree.value):
+                yield Remark(tree.at, why)
+        elif isinstance(tree, Items):
+            for item in tree.items:
+                yield from self.problems(item)
+        elif isinstance(tree, Fields):
+            for key, value in tree.entries:
+                if key.text == "chat_template":  # a name or the text itself, never a path
+                    continue
+                found = list(self.problems(value))
+                yield from found
+                name = value.value if key.text in MODELS and isinstance(value, Scalar) else None
+                if isinstance(name, str) and not found and (why := self.missing(name)):
+                    yield Remark(value.at, why)
+
+    def output(self, name: str) -> str:
+        """Return the name of an output in the root as it is. Raises UsageError where it is none."""
+        if not NAME.fullmatch(name):
+            raise UsageError(
+                f"The output is a new folder in {self.root}: a name of letters, digits, '.', '_', '-'; got {name!r}."
+            )
+        return name
+
+    def models(self) -> list[str]:
+        """Return the models that may be chosen: folders with weights below the root, then those of the cache."""
+        found = sorted(_with_weights(self.root, DEPTH))[:MOST_MODELS]
+        here = [f"./{folder.relative_to(self.root).as_posix()}" for folder in found if self.may_read(folder)]
+        kept = [path.name.split("--") for path in sorted(self.cache.glob("models--*--*/")) if path.is_dir()]
+        return [*here, *("/".join(parts[1:]) for parts in kept if len(parts) == 3)]
+
+
+def _paths(reference: str) -> Iterator[str]:
+    """Yield whatever a reference may take for a path: its whole, its summands, and what its signs separate.
+
+    All meanings are looked at, since which one holds depends on what is there (``ckpt.pt:ema``, ``hf=A:B``).
+    """
+    yield from {reference, *reference.split("+"), *re.split("[+:=>]", reference)} - {""}
+
+
+def _with_weights(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError:
+        return
+    if any(entry.name.endswith(WEIGHTS) for entry in entries):
+        yield folder
+    for entry in entries:
+        if depth and entry.is_dir(follow_symlinks=False):
+            yield from _with_weights(Path(entry.path), depth - 1)

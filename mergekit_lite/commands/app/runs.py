@@ -1,0 +1,176 @@
+"""Runs of commands in processes of their own, one at a time; what they are is kept on the disk.
+
+A run outlives the page's server. It holds a lock from its start to its end, of whatever kind that is, so a server that
+is started later knows whether it goes on. What the server knows of a run lies in one folder in the root: the recipe,
+what was asked for, and what the command said.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.errors import UsageError
+from mergekit_lite.input_files import read_text
+from mergekit_lite.plain_text import plain
+
+FOLDER = ".mergekit-lite-app"
+PROGRAM = (sys.executable, "-m", "mergekit_lite.commands.app.child")
+MOST_SAID = 100_000  # characters of what a command said, from its end
+PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
+
+
+def shown_command(arguments: list[str]) -> str:
+    """Return a command as one types it."""
+    return shlex.join(["mergekit-lite", *arguments])
+
+
+def ask(root: Path, arguments: list[str], seconds: float = 600) -> str:
+    """Return what a command that only looks prints to both of its streams, without its progress.
+
+    Raises UsageError where it takes longer than some seconds.
+    """
+    try:
+        done = subprocess.run(
+            [*PROGRAM, *arguments], cwd=root, text=True, errors="replace", timeout=seconds,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"It took longer than {seconds:g} s: {shown_command(arguments)}") from None
+    return "\n".join(line for line in plain(done.stdout).splitlines() if not PROGRESS.match(line))
+
+
+@dataclass(frozen=True)
+class State:
+    """How the latest run stands.
+
+    Attributes:
+        kind: ``none``, ``running``, ``stopped`` (it can be resumed), ``failed`` (it can't) or ``done``.
+        output: the name of what it makes.
+        arguments: of the command that is or was run.
+        share: what is done of it, from 0 to 1; None where that isn't known.
+        progress: the command's own words on that: bytes, rate, time left.
+        said: what it said otherwise.
+    """
+
+    kind: str
+    output: str = ""
+    arguments: tuple[str, ...] = ()
+    share: float | None = None
+    progress: str = ""
+    said: str = ""
+
+
+class Runs:
+    """The latest run in a root."""
+
+    def __init__(self, root: Path) -> None:
+        """Look at what a server before left in ``root``."""
+        self.root = root
+        self.folder = root / FOLDER
+        self._starting = threading.Lock()
+
+    def start(self, text: str, output: str) -> None:
+        """Merge as a recipe's text says. Raises UsageError where a run goes on already."""
+        recipe = f"{FOLDER}/{output}.yml"
+        self._launch(["merge", recipe, "-o", output], output, text)
+
+    def resume(self) -> None:
+        """Go on with the latest run. Raises UsageError where it goes on already, or nothing is left of it."""
+        state = self.state()
+        if state.kind != "stopped":
+            raise UsageError("There is no run that was stopped.")
+        arguments = [each for each in state.arguments if each != "--resume"]
+        self._launch([*arguments, "--resume"], state.output)
+
+    def stop(self) -> None:
+        """Interrupt the run, as Ctrl-C does, if one goes on."""
+        process = self._record().get("process")
+        if process and self._is_locked():
+            with suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGINT)
+
+    def state(self) -> State:
+        """Return how the latest run stands."""
+        goes_on = self._is_locked()
+        record = self._record()
+        if not record:
+            return State("none")
+        output, arguments = record["output"], tuple(record["arguments"])
+        said, share, progress = self._said()
+        if goes_on:
+            return State("running", output, arguments, share, progress, said)
+        if (self.root / output).exists():
+            return State("done", output, arguments, 1.0, "", said)
+        unfinished = (self.root / f".{output}.partial").exists()
+        return State("stopped" if unfinished else "failed", output, arguments, share, "", said)
+
+    def _launch(self, arguments: list[str], output: str, text: str | None = None) -> None:
+        """Start a command with the lock in its hands, after the recipe's text was written if there is one."""
+        with self._starting:
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            lock = self._lock()
+            if lock is None:
+                raise UsageError("A run goes on: wait for its end, or stop it.")
+            try:
+                if text is not None:
+                    (self.folder / f"{output}.yml").write_text(text, encoding="utf-8", newline="")
+                with (self.folder / "said").open("wb") as said:
+                    process = subprocess.Popen(
+                        [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stdout=said,
+                        stderr=subprocess.STDOUT, pass_fds=[lock], start_new_session=True,
+                    )  # fmt: skip
+                record = {"arguments": arguments, "output": output, "process": process.pid}
+                new = self.folder / "run.json.new"
+                new.write_text(json.dumps(record), encoding="utf-8")
+                new.replace(self.folder / "run.json")
+            finally:
+                os.close(lock)  # the process has it
+            threading.Thread(target=process.wait, daemon=True).start()  # so that it doesn't stay as a zombie
+
+    def _lock(self, kind: int = fcntl.LOCK_EX) -> int | None:
+        """Return the open file of the lock, held; None where a run holds it."""
+        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return lock
+
+    def _is_locked(self) -> bool:
+        if not self.folder.is_dir():
+            return False
+        with self._starting:
+            lock = self._lock(fcntl.LOCK_SH)
+        if lock is not None:
+            os.close(lock)
+        return lock is None
+
+    def _record(self) -> dict[str, Any]:
+        path = self.folder / "run.json"
+        record: dict[str, Any] = json.loads(read_text(path, MOST_SAID)) if path.exists() else {}
+        return record
+
+    def _said(self) -> tuple[str, float | None, str]:
+        """Return what the command said without its progress, and the last of that as a share and in words."""
+        path = self.folder / "said"
+        whole = path.read_bytes()[-MOST_SAID:].decode("utf-8", "replace") if path.exists() else ""
+        lines, share, progress = [], None, ""
+        for line in plain(whole).splitlines():
+            if match := PROGRESS.match(line):
+                share, progress = int(match[1]) / 100, match[2]
+            else:
+                lines.append(line)
+        return "\n".join(lines), share, progress

@@ -1,0 +1,252 @@
+"""The page in a real browser, served by the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.browser import NAMES, shutil
+from tests.models import state, tuned, write_folder
+from tests.processes import wait_for_spans
+
+if not os.environ.get("CI"):
+    pytest.importorskip("gradio")
+    pytest.importorskip("playwright")
+from playwright.sync_api import Page, expect, sync_playwright
+
+WAIT = 120_000  # milliseconds, for a machine that is busy
+WRONG = """\
+merge_method: ties
+base_model: ./base
+models:
+  - model: ./math
+    parameters: {weigth: 0.5, density: 0.5}
+  - model: ./code
+    parameters: {weight: 0.5, density: [0.3, 0.7]}
+"""
+RIGHT = WRONG.replace("weigth", "weight")
+HOSTILE = "model.layers.0.<img src=x onerror=document.title='hit'>${1+1}{{value}}.weight"
+PROGRAM = "from mergekit_lite.commands import start; start()"
+
+
+class Server:
+    """The command ``app`` in a process."""
+
+    def __init__(self, root: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-c", PROGRAM, "app", "--root", str(root), "--port", str(self.port)]
+        self.address = f"http://127.0.0.1:{self.port}/"
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None and self.process.stdout.readline().startswith("http://")
+        until = time.monotonic() + WAIT / 1000
+        while True:
+            try:
+                urllib.request.urlopen(self.address, timeout=WAIT / 1000).close()
+                return
+            except OSError:
+                assert time.monotonic() < until and self.process.poll() is None
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[Server]:
+    server = Server(root)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    base = state(0, layers=43, hidden=16)
+    write_folder(root / "base", base)
+    write_folder(root / "math", tuned(base, 1))
+    write_folder(root / "code", tuned(base, 2))
+    write_folder(root / "hostile", base | {HOSTILE: torch.ones(16, dtype=torch.bfloat16)})
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Server]:
+    with serving(root) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None and not os.environ.get("CI"):
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Page]:
+    with at(browser, server) as page:
+        yield page
+
+
+@contextmanager
+def at(browser: Any, server: Server, **options: Any) -> Iterator[Page]:
+    """The page in a window; it asks nobody but its server, and no script of it fails."""
+    with browser.new_context(**options) as context:
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        expect.set_options(timeout=WAIT)
+        asked: list[str] = []
+        failed: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: failed.append(str(error)))
+        page.goto(server.address)
+        page.get_by_role("tab", name="Models").wait_for()
+        yield page
+        elsewhere = [url for url in asked if not url.startswith((server.address, "data:", "blob:", "about:"))]
+        assert not elsewhere and not failed, (elsewhere, failed)
+
+
+def write(page: Page, text: str) -> None:
+    page.get_by_role("tab", name="Recipe").click()
+    page.locator("#recipe .cm-content").fill(text)
+
+
+def run(page: Page, output: str) -> None:
+    page.get_by_role("tab", name="Run").click()
+    page.locator("#output textarea, #output input").fill(output)
+    page.locator("#run").click()
+
+
+def command(root: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=root, check=True, capture_output=True)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_from_a_wrong_recipe_to_the_commands_bytes(page: Page, root: Path) -> None:
+    write(page, WRONG)
+    problem = page.locator("#plan li")
+    expect(problem).to_contain_text("line 5: ties takes no parameter 'weigth'. Did you mean 'weight'?")
+    write(page, RIGHT)
+    expect(page.locator("#plan .plan")).to_contain_text("density 0.5 / 0.3 … 0.7")
+    run(page, "of-page")
+    expect(page.locator("#state .done")).to_contain_text(
+        "mergekit-lite merge .mergekit-lite-app/of-page.yml -o of-page"
+    )
+    command(root, "merge", ".mergekit-lite-app/of-page.yml", "-o", "of-command")
+    assert (root / ".mergekit-lite-app" / "of-page.yml").read_text() == RIGHT
+    assert weights(root / "of-page") == weights(root / "of-command") != {}
+    page.locator("#verify").click()
+    expect(page.locator("#verdict")).to_contain_text("of-page is sound")
+    page.locator("#run").click()
+    expect(page.locator("#refused")).to_contain_text("exists")
+
+
+def test_a_slider_and_the_text_are_one_state(page: Page) -> None:
+    """By keyboard: an arrow moves the number in the text, and what is written moves the slider."""
+    write(page, RIGHT)
+    slider = page.get_by_role("slider").first
+    expect(slider).to_have_value("0.5")
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#recipe .cm-content")).to_contain_text("{weight: 0.51, density: 0.5}")
+    expect(page.locator("#plan .plan")).to_contain_text("weight 0.51 / 0.5")
+    write(page, RIGHT.replace("{weight: 0.5, density: 0.5}", "{weight: 0.25, density: 0.5}"))
+    expect(slider).to_have_value("0.25")
+
+
+def test_a_path_out_of_the_root_and_a_hostile_name(page: Page, tmp_path: Path) -> None:
+    write(page, RIGHT.replace("./math", str(tmp_path)))
+    expect(page.locator("#plan li")).to_contain_text("leads out of")
+    write(page, "merge_method: passthrough\nmodels: [{model: ./hostile}]\nexclude: ['img src']\n")
+    expect(page.locator("#plan .plan")).to_contain_text(HOSTILE)
+    assert page.title() == "mergekit-lite" and not page.locator("#plan img").count()
+
+
+def test_models_are_compared(page: Page) -> None:
+    for name in ("./base", "./math"):
+        page.locator("#models input").click()
+        page.get_by_role("option", name=name).click()
+    page.keyboard.press("Escape")
+    page.locator("#inspect").click()
+    expect(page.locator("#told")).to_contain_text("mergekit-lite inspect ./math")
+    page.locator("#compare").click()
+    expect(page.frame_locator("#told iframe").locator("h1")).to_contain_text("What the models changed")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_narrow_window(browser: Any, server: Server, scheme: str) -> None:
+    with at(browser, server, viewport={"width": 400, "height": 800}, color_scheme=scheme) as page:
+        write(page, RIGHT)
+        expect(page.locator("#plan .plan")).to_contain_text("ties")
+        for name in ("Models", "Recipe", "Run"):
+            page.get_by_role("tab", name=name).click()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert light == (scheme == "light")
+
+
+@pytest.mark.slow
+def test_stop_and_resume(browser: Any, root: Path) -> None:
+    """A run is stopped and resumed; resumed once more, and killed with its server; the next server resumes it."""
+    base = {f"model.layers.{n}.mlp.up_proj.weight": torch.randn(1024, 1024).bfloat16() for n in range(60)}
+    write_folder(root / "large", base)
+    write_folder(root / "tuned", tuned(base, 1))
+    recipe = "merge_method: dare_linear\nbase_model: ./large\nmodels:\n  - model: ./tuned\n"
+    recipe += "    parameters: {weight: 0.5, density: 0.5}\n"
+    with serving(root) as server, at(browser, server) as page:
+        write(page, recipe)
+        expect(page.locator("#plan .plan")).to_contain_text("dare_linear")
+        run(page, "stopped")
+        group = halted(root, 2)
+        page.locator("#stop").click()
+        time.sleep(1)
+        os.killpg(group, signal.SIGCONT)
+        expect(page.locator("#state .stopped")).to_contain_text("Interrupted")
+        page.locator("#resume").click()
+        group = halted(root, 10)
+        server.kill()
+        os.killpg(group, signal.SIGKILL)
+    with serving(root) as server, at(browser, server) as page:
+        page.get_by_role("tab", name="Run").click()
+        expect(page.locator("#state .stopped")).to_contain_text("stopped")
+        page.locator("#resume").click()
+        expect(page.locator("#state .done")).to_contain_text("--resume")
+    command(root, "merge", ".mergekit-lite-app/stopped.yml", "-o", "at-once")
+    assert weights(root / "stopped") == weights(root / "at-once") != {}
+
+
+def halted(root: Path, spans: int) -> int:
+    """Halt the run when it has journalled some spans; return its group of processes."""
+    wait_for_spans(root, "stopped", spans)
+    group = json.loads((root / ".mergekit-lite-app" / "run.json").read_text())["process"]
+    os.killpg(group, signal.SIGSTOP)
+    assert not (root / "stopped").exists()
+    return int(group)
