@@ -112,6 +112,7 @@ def test_no_command_shows_what_a_terminal_obeys(place: Path) -> None:
         ["preview", f"./{TRICKS}", "dpo", "--alpha", TRICKS, "--prompt", "a"],
         ["statistics", odd, "--prompts", f"no{TRICKS}.jsonl", "-o", "s.safetensors"],
         ["statistics", "sft", "--prompts", "r.yml", "-o", f"s{ESCAPES}.txt"],
+        ["app", "--root", f"./{TRICKS}"],
         ["push", "out", f"org/{TRICKS}"],
         ["moe", "r.yml", "-o", f"mixture{TRICKS}"],
         ["moe", f"no{TRICKS}", "-o", "mixture"],
