@@ -32,7 +32,7 @@ from mergekit_lite.distillation.recipe.schema import (
     Train,
     Training,
 )
-from tests.distill.recipes import write_recipe
+from tests.distill.recipes import recipe_data, write_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -100,6 +100,33 @@ def test_the_recipes_that_select_load(tmp_path: Path) -> None:
     least = [recipe.pairs.sft_rows.least for recipe in loaded]
     assert least == [4.5, None, 8, 1, 2, None, None]
     assert [bool(recipe.prompts[0].nearest) for recipe in loaded] == [False] * 6 + [True]
+
+
+def test_the_recipes_without_a_judge_and_of_an_aggregate_plan(tmp_path: Path) -> None:
+    """Those that go on, cross, ask for worse, refine, and ask several models; what a block lacks is added."""
+    blocks = re.findall(r"```yaml\n(.*?)```", section("Pairs without a judge"), re.DOTALL)
+    blocks += re.findall(r"```yaml\n(.*?)```", section("Answers that go on from others"), re.DOTALL)
+    page_of_answers = (ROOT / "docs" / "answer.md").read_text(encoding="utf-8")
+    blocks += re.findall(r"  ```yaml\n(  sources:.*?)  ```", page_of_answers, re.DOTALL)
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Question {n}?"}}\n' for n in range(8)))
+    for model in ("small", "target"):
+        (tmp_path / model).mkdir()
+    preference = {"scorers": [], "train": {"preference": {"objective": "dpo", "learning_rate": 5e-7}}}
+    sft = {"scorers": [], "pairs": {"rule": "as_is"}}
+    planned = []
+    for block in map(yaml.safe_load, blocks):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe_data(**(preference if "pairs" in block else sft)) | block))
+        result = CliRunner().invoke(main, ["distill", "run", str(path), "--dry-run", "--json"])
+        assert result.exit_code == 0, result.output
+        (domain,) = json.loads(result.output)["domains"]
+        planned.append((domain["rule"], domain["prompts"], domain["sft"], domain["preference"]))
+    assert planned == [
+        ("crossed", 24, 12, 12),
+        *[("asked", 8, 0, 8)] * 2,
+        ("best_worst", 8, 0, 8),
+        ("as_is", 8, 8, 0),
+    ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
