@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +97,7 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "results.txt").write_text("".join(f"{result:g}\n" for result in results))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "lengths", raising=False)  # another test's
     return tmp_path
 
 
