@@ -52,8 +52,9 @@ class ServedUser(Server):
     def _asked(self, question: Question, seed: int, number: int) -> dict[str, Any]:
         asked = self.body.of(question.messages, seed, number)
         del asked["messages"]
-        # Servers tokenize the text as the tokenizer does by itself: its first token would be there twice.
-        asked["prompt"] = self.before.text.removeprefix(self.before.bos)
+        # Servers tokenize the text as the tokenizer does by itself, unless told: its first token would be there twice.
+        puts_bos = asked.get("add_special_tokens", True)
+        asked["prompt"] = self.before.text.removeprefix(self.before.bos) if puts_bos else self.before.text
         # Not all servers know it, and those that refuse it end at the tokens of the model's own configuration.
         if "stop_token_ids" not in self.body.refused:
             asked.setdefault("stop_token_ids", sorted(self.before.ends))

@@ -91,6 +91,11 @@ def _draw(magpie: Magpie, tasks: list[Task], ledger: Ledger[Key], log: Path, rep
     before = template.pre_query(magpie.system)
     for note in template.notes:
         reporter.line(f"{magpie.name}: {note}")
+    if magpie.is_served and not before.text.startswith(before.bos):
+        reporter.warn(
+            f"{magpie.name}: the tokenizer puts {before.bos} before texts, where the chat template has none. Give "
+            "`sampling: {extra_body: {add_special_tokens: false}}`, if the server takes it."
+        )
     # The system prompt is in what the model reads.
     sampling = stopped(magpie.sampling, before, magpie.early_stopping)
     asked = magpie.model_copy(update={"sampling": sampling, "system": None})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from tokenizers.processors import TemplateProcessing
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import seed_of
@@ -40,6 +41,7 @@ def written(folder: Path, style: str = "llama-3") -> str:
 
 
 def drawing(folder: Path, url: str, domain: str = "", **keys: Any) -> Recipe:
+    folder.mkdir(exist_ok=True)
     magpie = {"model": "org/m", "server": url, "number": 40, "tokenizer": written(folder), **keys}
     return recipe(folder, prompts=[{"magpie": magpie, "domain": domain}])
 
@@ -120,6 +122,30 @@ def test_servers_that_refuse(tmp_path: Path) -> None:
         assert 0 < len(fake.bodies) - before < 40
 
 
+def test_a_first_token_that_servers_put(tmp_path: Path) -> None:
+    """Left out of the text, unless the server is told to put none; one that the template lacks is told."""
+    tokens = tokenizer("llama-3")
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokens.bos_token_id)]
+    )
+    tokens.save_pretrained(tmp_path / "with")
+    tokens.chat_template = tokenizer("chatml").chat_template
+    tokens.save_pretrained(tmp_path / "without")
+    with fake_server(Fake(reply=said)) as fake:
+        turn = "<|start_header_id|>user<|end_header_id|>\n\n"
+        bare = {"extra_body": {"add_special_tokens": False}}
+        cases: list[tuple[str, dict[str, Any], str]] = [
+            ("with", {}, turn),
+            ("with", bare, f"<bos>{turn}"),
+            ("without", {}, "<|im_start|>user\n"),
+        ]
+        for number, (name, sampling, text) in enumerate(cases):
+            heard = Heard()
+            settled(drawing(tmp_path / f"{number}", fake.url, tokenizer=str(tmp_path / name), sampling=sampling), heard)
+            assert fake.bodies[-1]["prompt"] == text
+            assert ["puts <bos> before texts" in told for told in heard.warnings] == [True] * (name == "without")
+
+
 def test_draws_that_can_not_be_used(tmp_path: Path) -> None:
     with fake_server(Fake(reply=said)) as fake:
         with pytest.raises(RunError, match="magpie: no drawn prompt is left"):  # the server cuts what has such a word
@@ -183,6 +209,7 @@ def test_in_this_process_interrupted_and_resumed(tmp_path: Path, model: Path, mo
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """By the command line: what was written is never asked again."""
     with fake_server(Fake(reply=said)) as fake:
