@@ -35,6 +35,13 @@ class Sampling(BaseModel):
     extra_body: dict[str, Any] | None = None  # anything else of a server's request
 
 
+class PolicySampling(Sampling):
+    """How answers are drawn from the model's own distribution, unless told."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 def urls_of(server: str | Sequence[str]) -> tuple[str, ...]:
     """Return the URLs of a server, which a recipe gives as one text or several."""
     return (server,) if isinstance(server, str) else tuple(server)

@@ -227,7 +227,13 @@ class Local:
     @cached_property
     def loaded(self) -> ReadyModel:
         """The model, ready to answer."""
-        return ready(causal_model(self.path, placed(self.device, self.dtype), SERVE), self.tokenizer, self.sampling)
+        model = causal_model(self.path, placed(self.device, self.dtype), SERVE)
+        return ready(model, self.tokenizer, self.sampling, self._more_ends)
+
+    @property
+    def _more_ends(self) -> frozenset[int]:
+        """Tokens that end an answer beside those of the model and its tokenizer."""
+        return frozenset()
 
 
 class Stops:
@@ -258,12 +264,17 @@ def decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> ReadyModel:
-    """Replace a model's generation config by the sampling; settings that it doesn't have become neutral."""
+def ready(
+    model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, more_ends: frozenset[int] = frozenset()
+) -> ReadyModel:
+    """Replace a model's generation config by the sampling; settings that it doesn't have become neutral.
+
+    ``more_ends``: tokens that end an answer, too.
+    """
     from transformers import GenerationConfig
 
     model.eval()
-    ends = ends_of(model.generation_config.eos_token_id, tokenizer)
+    ends = ends_of(model.generation_config.eos_token_id, tokenizer) | more_ends
     drawn = sampling.temperature > 0
     warped: dict[str, Any] = {}
     if drawn:

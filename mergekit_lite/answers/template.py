@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
-from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.rows import Message, with_system
 from mergekit_lite.answers.thoughts import MARKS, OPENING, Parts, parted
 from mergekit_lite.errors import MergekitLiteError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUESTION = (Message(role="user", content="?"),)
-PROBE = "Zq7kAnswer"  # an answer that no template writes by itself
+PROBE = "Zq7kAnswer"  # a text that no template writes by itself
 THOUGHT_PROBE = "Zq7kThought"
 SYSTEM_PROBE = "Zq7kSystem"
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # of a message, by which templates take thoughts
@@ -86,6 +86,24 @@ class Frame(NamedTuple):
 
     before: str
     after: str
+
+
+class PreQuery(NamedTuple):
+    """What stands before the user's words in a conversation that begins, and what ends them: Magpie's query template.
+
+    Attributes:
+        text: the template up to the user's words.
+        tokens: its ids.
+        ends: ids of the special tokens that the template writes, and of the end of text.
+        stop: the text that follows the words, where that is no special token: ``[/INST]``. Else empty.
+        bos: the text of the token that the tokenizer itself puts before any text; empty where it puts none.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ends: frozenset[int]
+    stop: str
+    bos: str
 
 
 class ChatTemplate:
@@ -159,6 +177,36 @@ class ChatTemplate:
             TemplateError: the template refuses these messages.
         """
         return self._plain_ids(messages) if self.plain else self._ids(self._render(self._accepted(messages)))
+
+    def pre_query(self, system: str | None) -> PreQuery:
+        """Return what stands before the first words of a user, and what ends them.
+
+        Args:
+            system: a system prompt, or None.
+
+        Raises:
+            TemplateError: there is no template, it refuses the messages, or it doesn't show the user's words once.
+        """
+        if self.plain:
+            raise TemplateError(f"{self.name} has no chat template: nothing stands before the words of a user.")
+        messages = self._accepted(with_system((Message(role="user", content=PROBE),), system))
+        text = self._render(messages, header=True)
+        before, probe, after = text.partition(PROBE)
+        if not probe or PROBE in after or not before:
+            raise TemplateError(f"The chat template of {self.name} doesn't show the user's words once, behind others.")
+        following = self._ids(after)
+        special = next((token for token in following if token in self._special), None)
+        if special is not None:
+            after = after.partition(str(self.tokenizer.convert_ids_to_tokens(special)))[0]
+        tokens, ends = self._ids(before), {self.tokenizer.eos_token_id} - {None}
+        puts_bos = self.tokenizer.bos_token_id in self.tokenizer("x")["input_ids"][:1]
+        return PreQuery(
+            before,
+            tokens,
+            frozenset(ends | (self._special & {*tokens, *following})),
+            after.strip().partition("\n")[0],
+            str(self.tokenizer.bos_token) if puts_bos else "",
+        )
 
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         return self._render(messages, header=True) + self._missing_header

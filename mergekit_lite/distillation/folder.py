@@ -28,6 +28,14 @@ class Folder:
         """The folder of the embeddings that a model makes of prompts."""
         return self.root / "embeddings"
 
+    def drawn(self, name: str) -> Path:
+        """Return the file of the prompts that a model has drawn."""
+        return self.root / "magpie" / f"{name}.jsonl"
+
+    def drawn_log(self, name: str) -> Path:
+        """Return the file that takes what the server of such a model prints, where this process starts it."""
+        return self.root / "magpie" / f"{name}.server.log"
+
     def samples(self, source: str) -> Path:
         """Return the file of the answers of one source."""
         return self.root / "samples" / f"{source}.jsonl"

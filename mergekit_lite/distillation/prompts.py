@@ -1,4 +1,4 @@
-"""The prompts of a distillation: read from the data by the sample stage, and the same from then on."""
+"""The prompts of a distillation: read from the data or drawn by the sample stage, and the same from then on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
 from mergekit_lite.distillation import nearest
 from mergekit_lite.distillation.data.given import add_prompts
 from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.magpie import drawn_prompts
 from mergekit_lite.distillation.recipe.checks import unknown_domains
 from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
@@ -23,13 +24,14 @@ SHOWN = 5  # malformed rows in a warning
 def read(recipe: Recipe, reporter: Reporter, *, plan: bool = False) -> list[Prompt]:
     """Return the distinct prompts that the recipe's data have now; what is left out is reported.
 
-    ``plan`` says that no prompts are embedded, so that others may stand for those that are near target prompts. A round
-    has its part of those that the whole recipe has settled.
+    ``plan`` says that no prompts are drawn or embedded, so that others may stand for those that a model draws, or that
+    are near target prompts. A round has its part of those that the whole recipe has settled.
 
     Raises:
         UsageError: the data can't be read, are empty, or have no prompt of a domain that the recipe names.
-        CheckpointError: a model that embeds prompts can't be loaded.
-        RunError: prompts can't be embedded.
+        CheckpointError: a model that draws or embeds prompts can't be loaded.
+        TemplateError: the chat template of a model that draws prompts has no place for a user's words.
+        RunError: prompts can't be drawn or embedded.
     """
     if isinstance(recipe, RoundRecipe):
         hold_parts(recipe.whole)
@@ -37,10 +39,13 @@ def read(recipe: Recipe, reporter: Reporter, *, plan: bool = False) -> list[Prom
         return prompts_of(recipe, whole)
     loaded, domains = data.LoadedPrompts(), set[str]()
     for entry in recipe.prompts:
-        if entry.nearest is None and entry.systems is None:
+        if entry.magpie is None and entry.nearest is None and entry.systems is None:
             loaded.read(entry)
             continue
-        pool = nearest.pool_of(with_column(entry))
+        if entry.magpie is not None:
+            pool = drawn_prompts(entry.magpie, entry.domain, recipe.folder, recipe.seed, reporter, plan=plan)
+        else:
+            pool = nearest.pool_of(with_column(entry))
         chosen = pool.prompts
         if entry.nearest is not None:
             domains |= {prompt.domain for prompt in pool.prompts}

@@ -18,7 +18,7 @@ from mergekit_lite.answers.scoring import scorer
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.preference import OBJECTIVES
-from mergekit_lite.distillation.recipe.choosing import Nearest, SftRows
+from mergekit_lite.distillation.recipe.choosing import Magpie, Nearest, SftRows
 from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.distillation.recipe.schema import (
     Fuse,
@@ -78,6 +78,19 @@ def test_the_recipe_of_rounds_plans(tmp_path: Path) -> None:
     assert [(each["prompts"], each["replayed"]) for each in json.loads(result.output)["rounds"]] == [
         *((10, 0), (10, 3), (10, 4))
     ]
+
+
+def test_the_recipe_that_draws_plans(tmp_path: Path) -> None:
+    (tmp_path / "magpie.yaml").write_text(YAML["magpie.yaml"])
+    result = CliRunner().invoke(main, ["distill", "run", str(tmp_path / "magpie.yaml"), "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    (domain,) = json.loads(result.output)["domains"]
+    assert (domain["domain"], domain["prompts"], domain["sft"]) == ("chat", 100_000, 100_000)
+    keys = set(Magpie.model_fields)
+    assert first_column("Prompts that a model draws") <= keys
+    told = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", section("Prompts that a model draws"), re.MULTILINE))
+    assert told["early_stopping"] == str(Magpie.model_fields["early_stopping"].default).lower()
+    assert told["name"] == Magpie.model_fields["name"].default
 
 
 def test_the_recipes_of_given_data_load(tmp_path: Path) -> None:
@@ -149,7 +162,7 @@ def test_the_tables_tell_of_all() -> None:
 
 def test_the_files_are_those_of_the_folder() -> None:
     folder = Folder(Path())
-    files = [folder.prompts, folder.samples("SOURCE"), folder.scores("SCORER", "SOURCE")]
+    files = [folder.prompts, folder.drawn("NAME"), folder.samples("SOURCE"), folder.scores("SCORER", "SOURCE")]
     files += [folder.pairs(name) for name in ("sft", "preference", "target", "dropped")]
     assert all(f"| `{file}` |" in PAGE for file in files)
     assert all(f"`{folder.trained(name)}/`" in PAGE for name in Train.model_fields)

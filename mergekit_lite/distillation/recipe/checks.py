@@ -22,7 +22,7 @@ from mergekit_lite.distillation.recipe.schema import (
     RecipeSource,
     Train,
 )
-from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections, wrong_nearest
+from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections, wrong_nearest, wrong_origins
 from mergekit_lite.distillation.recipe.unscored import wrong_systems, wrong_unscored
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
@@ -41,8 +41,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield from clashing_names("sources", [source.name for source in recipe.sources])
         for number, source in enumerate(recipe.sources):
             yield from _source(("sources", number), source)
+        yield from wrong_origins(recipe.prompts)
         for number, prompts in enumerate(recipe.prompts):
-            yield from one_origin(("prompts", number), prompts)
             yield from wrong_nearest(("prompts", number, "nearest"), prompts.nearest)
             yield from wrong_systems(("prompts", number, "systems"), prompts.systems)
         yield from pairing_problems(recipe)

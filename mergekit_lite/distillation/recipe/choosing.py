@@ -1,4 +1,4 @@
-"""The keys that choose: prompts near others, scorers that rank together, RIP, and which SFT rows are kept."""
+"""The keys that draw and choose: prompts of a model or near others, joint scorers, RIP, and which SFT rows are kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from mergekit_lite.answers.asked_model import AskedModel, Name
+from mergekit_lite.answers.asking import PolicySampling
 from mergekit_lite.answers.prompts import Prompts
 
 Count = Annotated[int, Field(ge=1)]
@@ -41,9 +43,20 @@ class Systems(Choosing):
     each: Annotated[int, Field(ge=2)] = 3  # so many to a prompt
 
 
-class ChosenPrompts(Prompts):
-    """A source of prompts, of which some may be chosen, and which may be asked under several system messages."""
+class Magpie(AskedModel):
+    """Draws prompts from an aligned model: what it says in the place of the user's words."""
 
+    name: Name = "magpie"  # of the files
+    number: Count  # of draws, of which some are left out
+    tokenizer: str | None = None  # a folder or org/name with the chat template of a served model; by default its name
+    early_stopping: bool = True  # with the first line
+    sampling: PolicySampling = PolicySampling()
+
+
+class ChosenPrompts(Prompts):
+    """A source of prompts: data, of which some may be chosen, or a model; asked under several system messages."""
+
+    magpie: Magpie | None = None  # instead of data
     nearest: Nearest | None = None
     systems: Systems | None = None
 

@@ -86,7 +86,11 @@ def _data(data: tuple[D, ...], folder: Path) -> tuple[D, ...]:
 
 
 def _prompts(prompts: ChosenPrompts, folder: Path) -> ChosenPrompts:
-    nearest = prompts.nearest
+    nearest, magpie = prompts.nearest, prompts.magpie
+    if magpie is not None:
+        tokenizer = magpie.tokenizer and model_at(magpie.tokenizer, folder)
+        drawing = located(magpie, folder).model_copy(update={"tokenizer": tokenizer})
+        return prompts.model_copy(update={"magpie": drawing})
     if nearest is None:
         return prompts
     model = nearest.model and model_at(nearest.model, folder)

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.aggregating.recipe import Aggregate
 from mergekit_lite.answers.asked_model import AskedModel, Count, Name
-from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.asking import PolicySampling, Sampling
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.scorer import ScorerSettings
@@ -284,13 +284,6 @@ class Fuse(Training):
     combine: Literal["sum", "min_ce", "avg_ce"] = "sum"  # of several teachers, row by row
     vocabulary: Literal["exact", "edit_distance"] = "exact"  # the map of objectives that need one
     pairwise: Pairwise | None = None  # a student for each teacher, merged, instead of one
-
-
-class PolicySampling(Sampling):
-    """How the student's answers are drawn: from its own distribution, unless told."""
-
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class OnPolicy(Training):

@@ -4,11 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mergekit_lite.answers.problems import KeyPath, Problem, not_named, one_origin
-from mergekit_lite.distillation.recipe.choosing import Combined, Nearest
+from mergekit_lite.answers.asked_model import wrong_model
+from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, not_named, one_origin
+from mergekit_lite.distillation.recipe.choosing import ChosenPrompts, Combined, Magpie, Nearest
 from mergekit_lite.distillation.recipe.schema import UNSCORED, Pairing, PairingRules, Recipe
 
 COMPARING = ("correct", "options", "gap", "gap_quantiles", "gap_own", "chosen_score")  # keys that as_is doesn't read
+
+
+def wrong_origins(entries: Sequence[ChosenPrompts]) -> Iterator[Problem]:
+    """Yield what is wrong with where the recipe's prompts come from."""
+    drawn = {number: entry.magpie for number, entry in enumerate(entries) if entry.magpie is not None}
+    for number, entry in enumerate(entries):
+        if number in drawn:
+            yield from _wrong_magpie(("prompts", number), entry, drawn[number])
+        else:
+            yield from one_origin(("prompts", number), entry)
+    places = list(drawn)
+    for problem in clashing_names("prompts", [magpie.name for magpie in drawn.values()]):
+        number = places[int(problem.at[1])]
+        named = "name" in drawn[number].model_fields_set
+        yield Problem(("prompts", number, "magpie", *(["name"] if named else [])), problem.text)
+
+
+def _wrong_magpie(at: KeyPath, entry: ChosenPrompts, magpie: Magpie) -> Iterator[Problem]:
+    for key in sorted(entry.model_fields_set - {"magpie", "domain", "systems"}):
+        yield Problem((*at, key), f"{key!r} has no effect here: the prompts are drawn from a model")
+    if entry.systems is not None and entry.systems.column is not None:
+        yield Problem((*at, "systems", "column"), "prompts that are drawn have no columns: give `texts`")
+    at = (*at, "magpie")
+    if not magpie.model:
+        yield Problem(at, "'magpie' has no 'model'")
+    if magpie.engine != "transformers":
+        text = f"prompts aren't drawn by {magpie.engine} in this process: leave it out, or serve the model"
+        yield Problem((*at, "engine"), text)
+    if magpie.in_context is not None:
+        yield Problem((*at, "in_context"), "'in_context' has no effect here: the chat template is read")
+    if magpie.is_served and magpie.sampling.chat_template_kwargs is not None:
+        text = "it has no effect here: the chat template is read up to the user's words, without keys"
+        yield Problem((*at, "sampling", "chat_template_kwargs"), text)
+    if magpie.tokenizer is not None and not magpie.is_served:
+        yield Problem((*at, "tokenizer"), "'tokenizer' has no effect here: the model's own is used")
+    yield from wrong_model(at, magpie)
 
 
 def wrong_nearest(at: KeyPath, nearest: Nearest | None) -> Iterator[Problem]:
