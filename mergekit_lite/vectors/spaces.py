@@ -8,10 +8,10 @@ inside the B:
 
 U has orthonormal columns, V orthonormal rows: both are singular vectors, so that lengths and angles of the products are
 those of the small matrices, and a method that doesn't go element by element gives the same in a space as outside. Where
-R is more than m or n, the spaces are that much smaller. Of a product nothing but its factors is ever in memory. The
-triangle of a QR decomposition has the singular values and right singular vectors of the whole, in full precision; the
-left ones follow from them. Signs of singular vectors don't matter to any method that treats both signs alike; where
-singular values are equal, the basis is one of many.
+R is more than m or n, the spaces are that much smaller. Of a product nothing but its factors is ever in memory.
+Singular values and right singular vectors are those of a Gram matrix, where that tells them well enough, else those of
+the triangle of a QR decomposition, in full precision; the left ones follow from them. Signs of singular vectors don't
+matter to any method that treats both signs alike; where singular values are equal, the basis is one of many.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
+from mergekit_lite.methods.matrices import eigen
+
 SpaceName: TypeAlias = Literal["core", "knots"]
 SPACES: tuple[SpaceName, ...] = ("core", "knots")
-BLOCK = 4  # times as many rows as columns
 EPSILON = torch.finfo(torch.float64).eps
+EVEN = 256.0  # largest singular value / smallest up to which a Gram matrix does: U is orthonormal to EVEN² · EPSILON
+LEAST = torch.finfo(torch.float64).tiny / EPSILON  # of a square: below it digits are lost
 
 
 class Product(NamedTuple):
@@ -102,8 +105,8 @@ class Space:
 def core_space(products: Sequence[Product]) -> Space:
     """Return the core space of some products of one shape (m, n)."""
     stacked = _stacked(products)
-    left, left_values = _right_singular(_triangle(stacked.b))
-    right, right_values = _right_singular(_triangle(stacked.a.T))
+    left, left_values = _right_singular(stacked.b)
+    right, right_values = _right_singular(stacked.a.T)
     rows, columns = left * left_values, right * right_values  # in each, the ranks of one product after the other's
     ranks = [len(product.a) for product in products]
     tasks = tuple(x.T @ y for x, y in zip(torch.split(rows, ranks), torch.split(columns, ranks), strict=True))
@@ -129,21 +132,18 @@ def _stacked(products: Sequence[Product]) -> Product:
 
 
 def _triangle(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the triangle of a QR decomposition: (min(m, R), R) of (m, R).
-
-    A long matrix is decomposed by blocks that a core's cache holds, then their triangles (Demmel et al. 2012, arXiv
-    0808.2664): the same to rounding, in half the time.
-    """
-    height = BLOCK * matrix.shape[1]
-    if len(matrix) > 2 * height:
-        matrix = torch.cat([torch.linalg.qr(block, mode="r").R for block in torch.split(matrix, height)])
+    """Return the triangle of a QR decomposition: (min(m, R), R) of (m, R)."""
     triangle: torch.Tensor = torch.linalg.qr(matrix, mode="r").R
     return triangle
 
 
-def _right_singular(triangle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _right_singular(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return right singular vectors as columns, (R, k), and the singular values, (k,), without those that are noise."""
-    outer, values, vectors = torch.linalg.svd(triangle, full_matrices=False)
+    if matrix.shape[0] >= matrix.shape[1]:  # else its Gram matrix is singular
+        squares, vectors = eigen(matrix.T @ matrix, LEAST)
+        if squares[0] * EVEN**2 >= squares[-1] > 0:
+            return vectors.flip(1), squares.flip(0).sqrt()
+    outer, values, vectors = torch.linalg.svd(_triangle(matrix), full_matrices=False)
     _, values, vectors = _kept(outer, values, vectors)
     return vectors.T, values
 

@@ -111,6 +111,23 @@ def test_spaces_are_exact(make: Any, shape: tuple[int, int]) -> None:
     assert away.square().sum().item() == pytest.approx(cut.lost, rel=1e-6, abs=1e-9 * cut.square)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-145, 1, 1e160])
+@pytest.mark.parametrize("spread", [1, 200, 300, 1e6])
+def test_a_basis_is_orthonormal_however_uneven_the_factors(spread: float, scale: float) -> None:
+    """Whether by a Gram matrix or by QR: its square of 1e-145 has lost digits, that of 1e160 is infinite."""
+    generator = torch.Generator().manual_seed(4)
+    b, a = (torch.randn(60, 8, generator=generator, dtype=D) for _ in range(2))
+    b, a = (torch.linalg.qr(each).Q * torch.logspace(0, -math.log10(spread), 8, dtype=D) for each in (b, a))
+    products = [Product(scale * b[:, :4], a[:, :4].T), Product(scale * b[:, 4:], a[:, 4:].T)]
+    space = core_space(products)
+    u, v = space.stacked.b @ space.left, space.right @ space.stacked.a
+    for gram in (u.T @ u, v @ v.T):
+        torch.testing.assert_close(gram, torch.eye(8, dtype=D), rtol=0, atol=1e-10)
+    for task, one in zip(space.tasks, products, strict=True):
+        whole = one.b @ one.a / scale
+        assert torch.linalg.norm(u @ (task / scale) @ v - whole) <= 1e-12 * torch.linalg.norm(whole)
+
+
 def test_nothing_stays_nothing() -> None:
     for make in (core_space, knots_space):
         space = make([Product(torch.zeros(4, 2, dtype=D), torch.ones(2, 5, dtype=D))] * 2)
