@@ -67,8 +67,8 @@ __all__ = [
     "apply_vectors", "boost", "build_moe", "combine_adapters", "combine_vectors", "compare", "distill",
     "extract_vector", "extrapolate", "extrapolate_run", "gather_statistics", "gather_statistics_plus", "inspect",
     "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation",
-    "plan_merge", "plan_run_extrapolation", "preview", "prune_experts", "push", "reduce_intruders", "run", "split_experts",
-    "transplant", "upcycle", "verify",
+    "plan_merge", "plan_run_extrapolation", "preview", "prune_experts", "push", "reduce_intruders", "run",
+    "split_experts", "transplant", "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them

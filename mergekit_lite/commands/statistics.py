@@ -82,7 +82,8 @@ def command(
     """Let MODEL read prompts, and write what merge_method: regmean or fisher needs to know of it.
 
     Gram matrices of the inputs of its linear layers, for regmean; with --fisher how sure it is of each weight. A recipe
-    names the file by 'statistics' of the model. With --plus all files that a recipe names, for RegMean++. A killed command goes on where it stopped, when it is given again.
+    names the file by 'statistics' of the model; --plus gathers all that a recipe names, for RegMean++. A killed command
+    goes on where it stopped, when it is given again.
     """
     from mergekit_lite.commands.screen import Screen
 
