@@ -143,6 +143,7 @@ def digest_of_merge(recipe: Recipe, models: Mapping[str, Checkpoint]) -> str:
     listed = [[weights[each["model"]], each.get("parameters")] for each in asked.get("models", ())]
     how = [asked.get(key) for key in ("merge_method", "parameters", "overrides", "include", "exclude", "backbone")]
     others = [asked.get(key) for key in ("slices", "modules", "tokenizer", "tokenizer_source")]
+    others.append(len(recipe.outputs))  # each has other numbers
     copied = weights[recipe.config_source] if recipe.include or recipe.exclude or recipe.base_model else None
     content = [sorted(json.dumps(each, sort_keys=True) for each in listed), how, others, copied]
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

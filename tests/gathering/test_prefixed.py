@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.checkpoint.statistics_file import open_statistics
 from mergekit_lite.gathering import working_file
 from mergekit_lite.gathering.examples import prompts_in
+from mergekit_lite.recipe import parse
 from tests.gathering.models import prompts, written
 from tests.models import read_folder
 from tests.processes import preload, run
@@ -262,6 +264,9 @@ def test_files_are_held_together_and_to_their_recipe(tmp_path: Path) -> None:
     assert "of another recipe" in problem(lambda r: r.update(parameters={"ridge": 1e-3}))
     assert "of another recipe" in problem(lambda r: r["models"].pop())
     mergekit_lite.plan_merge(given | {"out_dtype": "bfloat16"}, "out")
+    several = replace(parse(file.read_text(), "r.yml"), outputs=({}, {}))
+    with pytest.raises(PlanError, match="of another recipe"):
+        mergekit_lite.make_plan(several, [tmp_path / "one", tmp_path / "two"])
     facts = open_statistics(given["models"][0]["statistics"]).facts()
     assert facts["gathered"] == "behind the merged layers, for RegMean++"
     (tmp_path / "again").mkdir()
