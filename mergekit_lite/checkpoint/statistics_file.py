@@ -6,6 +6,8 @@ many ``examples`` were read, a digest of them, and what the model was computed i
     fisher   NAME, of the shape of the model's tensor NAME: the mean over examples of its squared gradient
     gram     MODULE.gram, square: XᵀX / tokens of the inputs X of linear layers. ``grams`` in the JSON names the matrix
              of each weight, and the axis of the weight that meets the inputs: layers that read the same share one
+
+Gram matrices that were gathered behind merged layers, for RegMean++, say so in ``prefix``.
 """
 
 from __future__ import annotations
@@ -37,6 +39,13 @@ class Gram(NamedTuple):
     axis: int  # of the weight: 1 of a linear layer, 0 where it is stored transposed
 
 
+class Prefix(NamedTuple):
+    """Which merged layers text went through before it came to those that Gram matrices are of."""
+
+    recipe: str  # a digest of the models, and of how they are merged
+    run: str  # a digest of what was gathered together: the files of one merge have the same
+
+
 @dataclass(frozen=True)
 class Statistics:
     """A file of statistics, known from its header alone."""
@@ -49,6 +58,7 @@ class Statistics:
     digest: str  # of the tokens
     computed: str  # the dtype and the kind of device that the model ran in
     grams: Mapping[str, Gram]  # by weight; empty for Fisher information
+    prefix: Prefix | None = None  # None where the model read the text by itself
 
     def facts(self) -> dict[str, Any]:
         """Return what there is to know of the file, as plain data."""
@@ -61,7 +71,7 @@ class Statistics:
             "tokens": self.tokens,
             "computed in": self.computed,
             "for": "merge_method: regmean" if self.kind == "gram" else "merge_method: fisher",
-        }
+        } | ({"gathered": "behind the merged layers, for RegMean++"} if self.prefix else {})
 
     def gram(self, weight: str) -> TensorSpec | None:
         """Return the Gram matrix of a weight's inputs, if there is one."""
@@ -69,7 +79,14 @@ class Statistics:
 
 
 def metadata_of(
-    kind: Kind, model: Identity, tokens: int, examples: int, digest: str, computed: str, grams: Mapping[str, Gram]
+    kind: Kind,
+    model: Identity,
+    tokens: int,
+    examples: int,
+    digest: str,
+    computed: str,
+    grams: Mapping[str, Gram],
+    prefix: Prefix | None = None,
 ) -> dict[str, str]:
     """Return the metadata of a file of statistics."""
     content = {
@@ -82,7 +99,7 @@ def metadata_of(
         "computed": computed,
         "grams": {weight: list(gram) for weight, gram in grams.items()},
     }
-    return {KEY: json.dumps(content)}
+    return {KEY: json.dumps(content | ({"prefix": prefix._asdict()} if prefix else {}))}
 
 
 def is_statistics(path: Path) -> bool:
@@ -134,4 +151,5 @@ def _statistics(file: Checkpoint, content: Any) -> Statistics:
         raise ValueError(DTYPE)
     tokens, examples = int(content["tokens"]), int(content["examples"])
     told = str(content["digest"]), str(content["computed"])
-    return Statistics(file, content["kind"], Identity(**content["model"]), tokens, examples, *told, grams)
+    prefix = Prefix(**content["prefix"]) if "prefix" in content else None
+    return Statistics(file, content["kind"], Identity(**content["model"]), tokens, examples, *told, grams, prefix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from mergekit_lite.answers.loading import context_of
 from mergekit_lite.answers.prompts import LoadedPrompts
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.formats.safetensors import SUFFIXES
-from mergekit_lite.checkpoint.statistics_file import DTYPE, Kind, metadata_of
+from mergekit_lite.checkpoint.statistics_file import DTYPE, Gram, Kind, Prefix, metadata_of
 from mergekit_lite.engine.devices import chosen_device, kind_of, memory_left
 from mergekit_lite.errors import UsageError, counted, listing
 from mergekit_lite.gathering.examples import RESPONSE, Examples, examples_of, prompts_in
@@ -109,7 +109,7 @@ def gather_statistics(
         CheckpointError: the model can't be opened.
         RunError: something can't be read or written, or isn't finite.
     """
-    path = _checked_output(Path(output).expanduser(), force)
+    path = checked_output(Path(output).expanduser(), force)
     if batch_size < 1 or (limit is not None and limit < 1) or (memory is not None and memory < 1):
         raise UsageError("batch_size, limit and memory are whole numbers from 1 on.")
     loaded = prompts if isinstance(prompts, LoadedPrompts) else prompts_in(map(Path, prompts), response)
@@ -130,7 +130,7 @@ def gather_statistics(
     numbers = [[*row.prompt, *row.response] for row in examples.rows]
     check_tokens(numbers, len(built.model.get_input_embeddings().weight), source.reference)
     Weights(built, device, threads).set(plan)
-    most = memory or _room(device)
+    most = memory or room_for_matrices(device)
     work = (_fisher if fisher else _grams)(built, source, examples, device, most, batch_size)
     with WorkingFile(path, work.tensors, work.metadata, force=force) as file:
         passes = work.passes(file.missing)
@@ -146,13 +146,6 @@ def gather_statistics(
             for name, values in one(advance):
                 file.write(name, values)
         file.publish()
-    notes = [f"left out: {problem}" for problem in loaded.problems]
-    if loaded.repeated:
-        notes.append(f"{counted(loaded.repeated, 'prompt')} left out: an earlier one is the same conversation")
-    if examples.cut:
-        notes.append(
-            f"{counted(examples.cut, 'example')} cut at {context_of(built.model):,} tokens, what the model takes"
-        )
     return Gathered(
         path=path,
         kind="fisher" if fisher else "gram",
@@ -162,11 +155,21 @@ def gather_statistics(
         tokens=examples.tokens,
         cut=examples.cut,
         passes=len(passes),
-        notes=(*notes, *examples.notes),
+        notes=notes_on(loaded, examples, context_of(built.model)),
     )
 
 
-def _checked_output(path: Path, force: bool) -> Path:
+def notes_on(loaded: LoadedPrompts, examples: Examples, context: int | None) -> tuple[str, ...]:
+    """Return what the user should know of prompts that were read, up to the longest text that the model takes."""
+    notes = [f"left out: {problem}" for problem in loaded.problems]
+    if loaded.repeated:
+        notes.append(f"{counted(loaded.repeated, 'prompt')} left out: an earlier one is the same conversation")
+    if examples.cut:
+        notes.append(f"{counted(examples.cut, 'example')} cut at {context:,} tokens, what the model takes")
+    return (*notes, *examples.notes)
+
+
+def checked_output(path: Path, force: bool) -> Path:
     """Return the path of the output. Raises UsageError where no such file can be written, or one is there."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path}: statistics are a {SUFFIXES[0]} file: give the output a name that ends so.")
@@ -177,7 +180,7 @@ def _checked_output(path: Path, force: bool) -> Path:
     return path
 
 
-def _room(device: str) -> int:
+def room_for_matrices(device: str) -> int:
     """Return how many bytes matrices may take at once."""
     free = memory_left(device)
     return 1 << 32 if free is None else int(SHARE * free)
@@ -200,7 +203,7 @@ def _grams(built: Built, source: Checkpoint, examples: Examples, device: str, mo
         ]
 
     tensors = [OutputTensor(read.name, DTYPE, (read.size, read.size)) for read in layers.inputs]
-    return _Work(tensors, _metadata("gram", built, source, examples, device, layers.grams), passes)
+    return _Work(tensors, metadata("gram", built, source, examples, device, layers.grams), passes)
 
 
 def _fisher(built: Built, source: Checkpoint, examples: Examples, device: str, most: int, _: int) -> _Work:
@@ -220,12 +223,19 @@ def _fisher(built: Built, source: Checkpoint, examples: Examples, device: str, m
 
     names = [name for each in parameters for name in each.names]
     tensors = [OutputTensor(name, DTYPE, tuple(built.places[name].shape)) for name in names]
-    return _Work(tensors, _metadata("fisher", built, source, examples, device, {}), passes)
+    return _Work(tensors, metadata("fisher", built, source, examples, device, {}), passes)
 
 
-def _metadata(
-    kind: Kind, built: Built, source: Checkpoint, examples: Examples, device: str, grams: Any
+def metadata(
+    kind: Kind,
+    built: Built,
+    source: Checkpoint,
+    examples: Examples,
+    device: str,
+    grams: Mapping[str, Gram],
+    prefix: Prefix | None = None,
 ) -> dict[str, str]:
+    """Return the metadata of what a model makes of examples; ``prefix`` tells of merged layers that were before it."""
     computed = f"{str(built.model.dtype).removeprefix('torch.')} on {kind_of(device)}"
     counts = (examples.tokens, len(examples.rows), examples.digest, computed)
-    return metadata_of(kind, source.identity(), *counts, grams)
+    return metadata_of(kind, source.identity(), *counts, grams, prefix)

@@ -14,6 +14,9 @@ may not do where there are fewer tokens than inputs: the matrices are stored in 
 that are 0 negative, of 2,048 inputs by up to 6e-6 of the mean eigenvalue (measured). That is an error. The released
 code adds nothing and inverts: with fewer tokens than inputs, its matrix is singular.
 
+``mergekit-lite statistics RECIPE --plus`` gathers what makes it RegMean++ (Nguyen et al., TMLR 2026, arXiv 2508.03121):
+G of the inputs that each layer of a model gets from the merged layers before it.
+
 Tensors without a Gram matrix (embeddings, heads tied to them, norms, biases, experts and their routers) are averaged
 with the models' weights. Of layers stored transposed (GPT-2's Conv1D) the file says so. A worker holds one matrix and
 its Gram matrices at a time, which the plan's figure of memory counts; fewer ``--threads`` take less.

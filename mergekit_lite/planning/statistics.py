@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+
+import xxhash
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.naming.alignment import unwrapped
@@ -13,7 +16,9 @@ from mergekit_lite.checkpoint.statistics_file import CALLED, Statistics, open_st
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.plan import Job
-from mergekit_lite.recipe import Recipe
+from mergekit_lite.recipe import Recipe, as_data
+
+TOGETHER = "gather all in one go: mergekit-lite statistics RECIPE --plus"
 
 
 class WithStatistics(NamedTuple):
@@ -124,7 +129,44 @@ def _opened(
         own = unwrapped(was)  # as it is read by itself
         names = {} if own is now else {(spec.file, spec.offset): name for name, spec in own.tensors.items()}
         beside[number] = _Beside(statistics, len(models) + len(beside), names)
+    problems += _apart(recipe, {model: was for model, was, _ in models}, [each.statistics for each in beside.values()])
     return beside
+
+
+def digest_of_merge(recipe: Recipe, models: Mapping[str, Checkpoint]) -> str:
+    """Return a digest of what a recipe merges and how: of the models' weights, whatever they are called, in any order.
+
+    Where statistics are and which dtype is written has no part in it.
+    """
+    asked = as_data(recipe)
+    weights = {reference: model.identity().sample for reference, model in models.items()}
+    listed = [[weights[each["model"]], each.get("parameters")] for each in asked.get("models", ())]
+    how = [asked.get(key) for key in ("merge_method", "parameters", "overrides", "include", "exclude", "backbone")]
+    others = [asked.get(key) for key in ("slices", "modules", "tokenizer", "tokenizer_source")]
+    others.append(len(recipe.outputs))  # each has other numbers
+    copied = weights[recipe.config_source] if recipe.include or recipe.exclude or recipe.base_model else None
+    content = [sorted(json.dumps(each, sort_keys=True) for each in listed), how, others, copied]
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _apart(recipe: Recipe, models: Mapping[str, Checkpoint], statistics: Sequence[Statistics]) -> list[str]:
+    """Return what is wrong with files of which some were gathered behind merged layers."""
+    behind = [each for each in statistics if each.prefix is not None]
+    if not behind:
+        return []
+    first = behind[0]
+    others = [each.file.reference for each in statistics if each.prefix != first.prefix]
+    if others:
+        return [
+            f"{first.file.reference}: was gathered behind merged layers, together with others, and "
+            f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} none of them: {TOGETHER}"
+        ]
+    if first.prefix is not None and first.prefix.recipe != digest_of_merge(recipe, models):
+        return [
+            f"{first.file.reference}: was gathered behind merged layers of another recipe: of other models, methods or "
+            f"parameters: {TOGETHER}"
+        ]
+    return []
 
 
 def _misfit(statistics: Statistics, model: Checkpoint, kinds: set[str]) -> list[str]:

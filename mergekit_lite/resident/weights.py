@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +54,15 @@ class Weights:
     device: str
     threads: int | None = None
 
-    def set(self, plan: Plan) -> Rewritten:
-        """Set the weights to the plan's first output.
+    def set(self, plan: Plan, names: Collection[str] | None = None) -> Rewritten:
+        """Set the weights, or those of some names, to the plan's first output.
 
         Raises:
             CheckpointError: an input changed.
             RunError: an input can't be read.
         """
-        used = {index for index, job in enumerate(plan.jobs) if job.name in self.built.places}
+        wanted = self.built.places.keys() if names is None else self.built.places.keys() & set(names)
+        used = {index for index, job in enumerate(plan.jobs) if job.name in wanted}
         kinds = {job.name: dtypes.torch_dtype(job.dtype) for job in plan.jobs}
         parameters = Parameters(self.built.places, kinds)
         devices = (self.device,)
