@@ -20,16 +20,8 @@ from tests.causal import causal_model
 from tests.distill.training import figures, log, same, target, trained, weights, write_rows
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.usefixtures("one_thread")
 LIMITS = LengthLimits(2048)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as tiny as these only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -36,20 +36,12 @@ from tests.processes import Forked, preload
 from tests.tokenizers import tokenizer
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.usefixtures("one_thread")
 preload("mergekit_lite.distillation.on_policy.trainer", "transformers.models.llama.modeling_llama")
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes below."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

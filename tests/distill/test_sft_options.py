@@ -23,17 +23,9 @@ from mergekit_lite.errors import UsageError
 from tests.distill.training import STAGE, figures, log, same, target, trained, weights, write_rows
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = (Tokens((5, 6, 7), (8, 9, 10, 11)), Tokens((5,), (12, 13)))
 HALVES = (*ROWS, *ROWS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as tiny as these only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

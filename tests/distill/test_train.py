@@ -25,16 +25,8 @@ from tests.distill.training import Told, log, recipe, same, target, trained, wei
 from tests.processes import Forked, preload
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.usefixtures("one_thread")
 preload("mergekit_lite.distillation.training.trainer", "transformers.models.gpt2.modeling_gpt2")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as tiny as these only wait for a second one; and sums are then as in the processes below."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

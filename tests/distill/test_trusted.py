@@ -23,14 +23,7 @@ from tests.causal import causal_model
 from tests.distill.training import log, recipe, target, trained, weights, write_rows
 
 pytest.importorskip("accelerate")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
