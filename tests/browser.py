@@ -29,17 +29,23 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
+def chromium() -> str:
+    """Return the browser's path; where there is none, skip the test, or fail it where ``CI`` is set."""
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        reason = "no Chromium here: apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return program
+
+
 class Browser:
     """One page. What it asks of the network and what goes wrong in it is kept in ``events``."""
 
     def __init__(self) -> None:
         """Start the browser; where there is none, skip the test, unless ``CI`` is set."""
-        program = next(filter(None, map(shutil.which, NAMES)), None)
-        if program is None:
-            reason = "no Chromium here: apt-get install chromium"
-            if os.environ.get("CI"):
-                pytest.fail(reason)
-            pytest.skip(reason)
+        program = chromium()
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         its_input, self._out = os.pipe()
         self._in, its_output = os.pipe()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.browser import NAMES, shutil
+from tests.browser import chromium
 from tests.models import state, tuned, write_folder
 from tests.processes import wait_for_spans
 
@@ -97,9 +97,7 @@ def server(root: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None and not os.environ.get("CI"):
-        pytest.skip("no Chromium here: apt-get install chromium")
+    program = chromium()
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         browser = playwright.chromium.launch(executable_path=program, args=flags)
