@@ -38,7 +38,7 @@ class PlainLibrary(build_ext):
 
 
 class WithRecipes(build_py):
-    """Puts the recipes of the methods beside the page that offers them (commands/app/page.py)."""
+    """Puts the recipes of the methods beside the page that offers them (commands/app/tabs/recipe.py)."""
 
     def get_source_files(self):
         """Return what a source package holds of this: the recipes, too."""

@@ -1,0 +1,1 @@
+"""The tabs of the page, and what they have in common."""

@@ -1,0 +1,43 @@
+"""The tab of models: what is in them, and how they differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gradio as gr
+
+from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.app.tabs.parts import asked, listed, on, refusal
+from mergekit_lite.pages.html import Markup, element
+
+
+def models_tab(places: Places) -> None:
+    """Lay out the tab."""
+    chosen = gr.Dropdown(
+        places.models(), multiselect=True, label="Models", info="For a comparison, the base first", elem_id="models"
+    )
+    with gr.Row():
+        inspect = gr.Button("Inspect", elem_id="inspect")
+        compare = gr.Button("Compare", variant="primary", elem_id="compare")
+        refresh = gr.Button("Look again", elem_id="refresh")
+    told = gr.HTML(elem_id="told")
+
+    def inspected(names: list[str]) -> Markup:
+        return listed([asked(places, ["inspect", name], [name]) for name in names], "Choose a model.")
+
+    def compared(names: list[str]) -> Markup:
+        if len(names) < 2:
+            return refusal("Choose a base and a model that was tuned from it, or several.")
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "compare.html")
+            said = asked(places, ["compare", *names], names, ["--html", str(file)])
+            if not file.exists():
+                return said
+            whole = file.read_text(encoding="utf-8")
+        frame = element("iframe", srcdoc=whole, sandbox="allow-scripts", title="Comparison", class_="report")
+        return listed([said, frame])
+
+    on(inspect.click, inspected, chosen, told)
+    on(compare.click, compared, chosen, told)
+    on(refresh.click, lambda: gr.Dropdown(choices=places.models()), None, chosen)

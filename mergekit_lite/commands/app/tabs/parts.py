@@ -1,0 +1,37 @@
+"""What the tabs have in common: binding an event, showing what a command says, showing what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.app.runs import ask, shown_command
+from mergekit_lite.errors import MergekitLiteError
+from mergekit_lite.pages.html import Markup, element
+
+
+def on(event: Callable[..., Any], function: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
+    """Bind a function of the page alone, which no other program may call by its name."""
+    return event(function, inputs, outputs, api_visibility="private", **options)
+
+
+def asked(places: Places, arguments: list[str], references: list[str], more: list[str] | None = None) -> Markup:
+    """Return what a command says, under the command itself."""
+    if problems := [why for reference in references if (why := places.refusal(reference))]:
+        return refusal("\n".join(problems))
+    try:
+        said = ask(places.root, [*arguments, *(more or [])])
+    except MergekitLiteError as error:
+        said = str(error)
+    return element("div", element("code", shown_command(arguments)), element("pre", said, tabindex="0"))
+
+
+def refusal(text: str) -> Markup:
+    """Return what is wrong, as it is read out at once."""
+    return element("p", text, class_="wrong", role="alert")
+
+
+def listed(parts: list[Markup], otherwise: str = "") -> Markup:
+    """Return parts below each other; where there are none, what to do."""
+    return element("div", *parts) if parts else refusal(otherwise)

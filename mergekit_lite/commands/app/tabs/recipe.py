@@ -1,0 +1,114 @@
+"""The tab of the recipe: an editor that plans while one types, and sliders that move its numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mergekit_lite.commands.app.numbers import numbers, with_number
+from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.app.planned import Planned, planned, shown, tree_of
+from mergekit_lite.commands.app.runs import Runs
+from mergekit_lite.commands.app.tabs.parts import listed, on, refusal
+from mergekit_lite.commands.prediction import headline, not_predicted, predicted
+from mergekit_lite.pages.html import Markup, element
+from mergekit_lite.yaml_document import text_of
+
+SLIDERS = 12  # numbers of a recipe that can be moved; the others are changed in the text
+MARKED_LINES = 100  # of a recipe: of longer ones the editor has not all lines in the page
+PLAIN = re.compile(r"[\w./-]+")  # names that YAML takes as they are
+FIRST = """\
+merge_method: linear
+models:
+  - model: {}
+    parameters: {{weight: 0.5}}
+  - model: {}
+    parameters: {{weight: 0.5}}
+"""
+
+
+def templates() -> dict[str, Path]:
+    """Return the recipes that the package travels with, one for each method; those of the checkout where it is one."""
+    package = Path(__file__).parents[3]
+    folders = (Path(__file__).parents[1] / "recipes", package.parent / "recipes" / "methods")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yml"))}
+
+
+def recipe_tab(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
+    """Lay out the tab, and return its editor."""
+    known = templates()
+    template = gr.Dropdown(list(known), value=None, label="Start from a template", elem_id="template")
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(min_width=300):
+            text = gr.Code(
+                _latest(places, runs),
+                language="yaml",
+                label="Recipe",
+                lines=16,
+                elem_id="recipe",
+                wrap_lines=True,
+                buttons=["copy"],
+            )
+            sliders = [gr.Slider(0, 1, visible=False, interactive=True) for _ in range(SLIDERS)]
+        with gr.Column(min_width=300):
+            told = gr.HTML(elem_id="plan")
+            time = gr.HTML(elem_id="time")
+            predict = gr.Button("How long would it take?", elem_id="predict")
+
+    def replanned(written: str) -> list[Any]:
+        result = planned(written, "merged", places)
+        return [listed([shown(result), _marks(result)]), "", *_moved(result)]
+
+    def moved(number: int) -> Callable[[str, float], str]:
+        def change(written: str, value: float) -> str:
+            found = numbers(tree_of(written))
+            return with_number(written, found[number], value) if number < len(found) else written
+
+        return change
+
+    def timed(written: str) -> Markup:
+        plan = planned(written, "merged", places).plan
+        if plan is None:
+            return refusal("There is no plan yet.")
+        prediction = predicted(plan)
+        return element("p", headline(prediction) if prediction else not_predicted(plan) or "It can't be told here.")
+
+    quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
+    # One event for both: of two, the plan of the text that was there first might come last.
+    gr.on([text.change, blocks.load], replanned, text, [told, time, *sliders], api_visibility="private", **quick)
+    for number, slider in enumerate(sliders):
+        on(slider.input, moved(number), [text, slider], text, **quick)
+    on(template.input, lambda name: known[name].read_text(encoding="utf-8"), template, text)
+    on(predict.click, timed, text, time)
+    return text
+
+
+def _latest(places: Places, runs: Runs) -> str:
+    """Return the recipe of the latest run, or one to begin with."""
+    path = runs.folder / f"{runs.state().output}.yml"
+    if path.is_file():
+        return text_of(path)
+    models = [*filter(PLAIN.fullmatch, places.models()), "./first", "./second"]
+    return FIRST.format(*models)
+
+
+def _moved(result: Planned) -> list[Any]:
+    """Return what becomes of the sliders: each shows a number of the text, or is hidden."""
+    found = numbers(result.tree)[:SLIDERS]
+    shown_ones = [
+        gr.Slider(number.least, number.most, number.value, step=0.01, label=number.label, visible=True)
+        for number in found
+    ]
+    return [*shown_ones, *(gr.Slider(visible=False) for _ in range(SLIDERS - len(found)))]
+
+
+def _marks(result: Planned) -> Markup:
+    """Return a style that marks the lines of the editor in which something is wrong."""
+    lines = sorted({line for line, _ in result.problems if line is not None and line <= MARKED_LINES})
+    marked = ", ".join(f"#recipe .cm-line:nth-child({line})" for line in lines)
+    return element("style", Markup(f"{marked} {{ background: #d4351c33; }}" if marked else ""))
