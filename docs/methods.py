@@ -32,7 +32,7 @@ WHICH = {
     "skills from many fine-tunes that get in each other's way": "ties, della, breadcrumbs_ties, dare_ties",
     "skills from several fine-tunes, coefficients found from the weights": "sce, varm",
     "skills from several fine-tunes, matrix by matrix (experimental)": "tsv, iso_c, iso_cts, cart, wudi",
-    "skills from several fine-tunes, with prompts of each at hand": "regmean, fisher",
+    "skills from several fine-tunes, with prompts of each at hand": "regmean, regmean_plus, fisher",
     "only what several fine-tunes agree on, or only the largest change": "consensus, magmax",
     "fine-tunes by reinforcement learning, which change few weights": "ram, ramplus_tl",
     "only what stands out in one fine-tune": "arcee_fusion, nearswap",
