@@ -26,6 +26,7 @@ WHICH = {
     "the last checkpoints of a run whose learning rate did not decay": "schedule_average",
     "one fine-tune that forgot too much of its base": "wise_ft",
     "two models, one mixture": "slerp, nuslerp",
+    "policies tuned from one start by reinforcement learning (WARP)": "nuslerp",
     "several models, none of them the base": "linear, karcher, multislerp",
     "several models, one of them odd": "geometric_median",
     "skills from several fine-tunes of one base, few of them": "task_arithmetic, ties",
