@@ -22,7 +22,7 @@ SECTIONS = {
         *("run", "RunOptions", "Finished"),
     ),
     "Looking at models": ("open_checkpoint", "inspect", "compare", "verify"),
-    "Gathering what merges need": ("gather_statistics", "gather_statistics_plus", "Gathered"),
+    "Gathering what merges need": ("gather_statistics", "gather_statistics_plus", "StatisticsOptions", "Gathered"),
     "Sharing": ("push",),
     "Mixtures of experts": ("build_moe", "upcycle", "split_experts", "prune_experts", "merge_experts"),
     "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors", "combine_adapters", "reduce_intruders"),

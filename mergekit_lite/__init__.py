@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         plan_run_extrapolation,
     )
     from mergekit_lite.gathering.gathering import Gathered, gather_statistics
+    from mergekit_lite.gathering.options import StatisticsOptions
     from mergekit_lite.gathering.prefixed import gather_statistics_plus
     from mergekit_lite.merging import merge, plan_merge
     from mergekit_lite.methods import merge_states, merge_tensors
@@ -63,12 +64,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Answered", "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
     "Finished", "Gathered", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview",
-    "Previewed", "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "answer",
-    "apply_vectors", "boost", "build_moe", "combine_adapters", "combine_vectors", "compare", "distill",
-    "extract_vector", "extrapolate", "extrapolate_run", "gather_statistics", "gather_statistics_plus", "inspect",
-    "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation",
-    "plan_merge", "plan_run_extrapolation", "preview", "prune_experts", "push", "reduce_intruders", "run",
-    "split_experts", "transplant", "upcycle", "verify",
+    "Previewed", "Pushed", "Recipe", "RunError", "RunOptions", "StatisticsOptions", "UsageError", "Verification",
+    "__version__", "answer", "apply_vectors", "boost", "build_moe", "combine_adapters", "combine_vectors",
+    "compare", "distill", "extract_vector", "extrapolate", "extrapolate_run", "gather_statistics",
+    "gather_statistics_plus", "inspect", "make_plan", "merge", "merge_experts", "merge_states", "merge_tensors",
+    "open_checkpoint", "plan_extrapolation", "plan_merge", "plan_run_extrapolation", "preview", "prune_experts",
+    "push", "reduce_intruders", "run", "split_experts", "transplant", "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
@@ -83,6 +84,7 @@ _NAMES = {  # by the module that has them
     "engine.run": ("Finished", "RunOptions", "run"),
     "errors": ("CheckpointError", "MergekitLiteError", "NonFiniteError", "PlanError", "RunError", "UsageError"),
     "gathering.gathering": ("Gathered", "gather_statistics"),
+    "gathering.options": ("StatisticsOptions",),
     "gathering.prefixed": ("gather_statistics_plus",),
     "extrapolation": ("extrapolate", "extrapolate_run", "plan_extrapolation", "plan_run_extrapolation"),
     "merging": ("merge", "plan_merge"),

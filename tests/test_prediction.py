@@ -205,7 +205,10 @@ def test_nothing_of_the_weights_is_read(large: tuple[Plan, Costs], monkeypatch: 
     assert told.seconds > told.read / GB
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "passthrough"])
+MEASURED = [name for name, about in METHODS.items() if name != "passthrough" and about.statistics != "gram"]
+
+
+@pytest.mark.parametrize("method", MEASURED)  # the time of those with Gram matrices is not predicted
 def test_every_method_can_be_measured(tmp_path: Path, method: str) -> None:
     about = METHODS[method]
     count = about.models[0] if about.models[0] == about.models[1] else max(2, about.models[0])

@@ -14,7 +14,7 @@ from typing import cast
 import pytest
 
 import mergekit_lite
-from mergekit_lite import BoostOptions, MergekitLiteError, RunOptions, UsageError
+from mergekit_lite import BoostOptions, MergekitLiteError, RunOptions, StatisticsOptions, UsageError
 from mergekit_lite.boosting.options import RANGES, request_of
 from mergekit_lite.boosting.request import Request
 
@@ -135,7 +135,8 @@ def test_a_misspelt_option_names_the_function_and_the_nearest(name: str) -> None
     required = {p.name: "x" for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
     options = [p.name for p in parameters if p.name not in required and p.kind is not p.VAR_KEYWORD]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        options += (BoostOptions if name == "boost" else RunOptions).__annotations__
+        other = StatisticsOptions if name.startswith("gather_statistics") else RunOptions
+        options += (BoostOptions if name == "boost" else other).__annotations__
     assert options
     for option in options:
         misspelt = option[:-1] + "_" + option[-1]

@@ -7,7 +7,7 @@ many ``examples`` were read, a digest of them, and what the model was computed i
     gram     MODULE.gram, square: XᵀX / tokens of the inputs X of linear layers. ``grams`` in the JSON names the matrix
              of each weight, and the axis of the weight that meets the inputs: layers that read the same share one
 
-Gram matrices that were gathered behind merged layers, for RegMean++, say so in ``prefix``.
+Gram matrices that were gathered behind merged layers, for ``regmean_plus``, say so in ``prefix``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ KEY = "statistics"
 VERSION = 1
 DTYPE = "float32"
 Kind = Literal["gram", "fisher"]
+BY_ONE_MODEL = "mergekit-lite statistics MODEL --prompts FILE -o OUT"
 CALLED: Mapping[Kind, str] = {"gram": "Gram matrices", "fisher": "Fisher information"}
 
 
@@ -62,6 +63,7 @@ class Statistics:
 
     def facts(self) -> dict[str, Any]:
         """Return what there is to know of the file, as plain data."""
+        method = "fisher" if self.kind == "fisher" else "regmean_plus" if self.prefix else "regmean"
         return {
             "statistics": CALLED[self.kind],
             "model": self.model.reference,
@@ -70,8 +72,8 @@ class Statistics:
             "examples": self.examples,
             "tokens": self.tokens,
             "computed in": self.computed,
-            "for": "merge_method: regmean" if self.kind == "gram" else "merge_method: fisher",
-        } | ({"gathered": "behind the merged layers, for RegMean++"} if self.prefix else {})
+            "for": f"merge_method: {method}",
+        }
 
     def gram(self, weight: str) -> TensorSpec | None:
         """Return the Gram matrix of a weight's inputs, if there is one."""
@@ -110,21 +112,20 @@ def is_statistics(path: Path) -> bool:
         return False
 
 
-def open_statistics(reference: str, place: Path | None = None) -> Statistics:
+def open_statistics(reference: str, place: Path | None = None, written_by: str = BY_ONE_MODEL) -> Statistics:
     """Open a file of statistics on this machine; only its header is read.
 
     Args:
         reference: the text that names it: its path.
         place: where it is now, if elsewhere.
+        written_by: the command that would write it.
 
     Raises:
         CheckpointError: it isn't there, is damaged, or holds something else.
     """
     path = (place or Path(reference).expanduser()).resolve()  # workers elsewhere have other working folders
     if not path.is_file():
-        raise CheckpointError(
-            f"{reference}: is no file: `mergekit-lite statistics MODEL --prompts FILE -o OUT` writes it."
-        )
+        raise CheckpointError(f"{reference}: is no file: `{written_by}` writes it.")
     header = safetensors.read_header(path)
     if KEY not in header.metadata:
         raise CheckpointError(f"{reference}: holds no statistics: `mergekit-lite statistics` writes such files.")

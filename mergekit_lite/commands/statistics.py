@@ -24,7 +24,7 @@ Examples:
   mergekit-lite statistics ./tuned --prompts maths.jsonl -o tuned-gram.safetensors
   mergekit-lite statistics ./tuned --prompts maths.jsonl --fisher -o tuned-fisher.safetensors
   mergekit-lite statistics ./tuned --prompts a.jsonl --prompts b.parquet --limit 256 --device cuda -o gram.safetensors
-  mergekit-lite statistics regmean.yml --plus --prompts ./math=math.jsonl --prompts ./code=code.jsonl
+  mergekit-lite statistics regmean_plus.yml --plus --prompts ./math=math.jsonl --prompts ./code=code.jsonl
 """,
 )
 @click.argument("model")
@@ -40,7 +40,7 @@ Examples:
 @click.option(
     "--plus",
     is_flag=True,
-    help="MODEL is a recipe of regmean: gather of all its models, behind the merged layers before each (RegMean++).",
+    help="MODEL is a recipe of regmean_plus: gather of all its models, each layer behind the merged ones before it.",
 )
 @click.option(
     "--response",
@@ -82,8 +82,8 @@ def command(
     """Let MODEL read prompts, and write what merge_method: regmean or fisher needs to know of it.
 
     Gram matrices of the inputs of its linear layers, for regmean; with --fisher how sure it is of each weight. A recipe
-    names the file by 'statistics' of the model; --plus gathers all that a recipe names, for RegMean++. A killed command
-    goes on where it stopped, when it is given again.
+    names the file by 'statistics' of the model; --plus gathers all files that a recipe of regmean_plus names. A killed
+    command goes on where it stopped, when it is given again.
     """
     from mergekit_lite.commands.screen import Screen
 

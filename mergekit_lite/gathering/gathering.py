@@ -12,18 +12,20 @@ from mergekit_lite.answers.prompts import LoadedPrompts
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.formats.safetensors import SUFFIXES
 from mergekit_lite.checkpoint.statistics_file import DTYPE, Gram, Kind, Prefix, metadata_of
-from mergekit_lite.engine.devices import chosen_device, kind_of, memory_left
+from mergekit_lite.engine.devices import chosen_device, kind_of
 from mergekit_lite.errors import UsageError, counted, listing
-from mergekit_lite.gathering.examples import RESPONSE, Examples, examples_of, prompts_in
+from mergekit_lite.gathering.examples import Examples, examples_of, prompts_in
+from mergekit_lite.gathering.options import Counted, Reading, StatisticsOptions
 from mergekit_lite.layout import OutputTensor
 from mergekit_lite.options import named_options
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mergekit_lite.checkpoint import Checkpoint
     from mergekit_lite.gathering.passes import Progress, Results
     from mergekit_lite.resident.model import Built
 
-SHARE = 0.5  # of the memory that is free beside the model, for matrices
 INSTEAD = "a smaller model: statistics need it in memory"
 
 
@@ -74,14 +76,7 @@ def gather_statistics(
     output: str | Path,
     *,
     fisher: bool = False,
-    response: str = RESPONSE,
-    limit: int | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    batch_size: int = 8,
-    memory: int | None = None,
-    force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> Gathered:
     """Let a model read prompts, and write statistics of that for ``merge_method: regmean`` or ``fisher``.
 
@@ -94,14 +89,7 @@ def gather_statistics(
         prompts: JSON, JSON Lines or Parquet files of them, or prompts that were read.
         output: a ``.safetensors`` file.
         fisher: gather Fisher information, for which each prompt needs a response.
-        response: the column of the files that holds the responses; for Gram matrices too, prompts are read with them.
-        limit: most prompts that are read.
-        device: ``cpu``, ``cuda``, ``cuda:1`` … or ``auto``.
-        threads: workers that read the weights.
-        batch_size: examples that are read at once for Gram matrices.
-        memory: most bytes for matrices at once, of which more take further passes; by default half of what is free.
-        force: replace the output if it exists, and drop other unfinished work on it.
-        progress: called with (tokens read, tokens to read in all passes).
+        **options: see ``StatisticsOptions``.
 
     Raises:
         UsageError: the output exists or can't be named, prompts or responses are missing, or the model doesn't fit into
@@ -109,11 +97,10 @@ def gather_statistics(
         CheckpointError: the model can't be opened.
         RunError: something can't be read or written, or isn't finite.
     """
-    path = checked_output(Path(output).expanduser(), force)
-    if batch_size < 1 or (limit is not None and limit < 1) or (memory is not None and memory < 1):
-        raise UsageError("batch_size, limit and memory are whole numbers from 1 on.")
-    loaded = prompts if isinstance(prompts, LoadedPrompts) else prompts_in(map(Path, prompts), response)
-    device = chosen_device(device)
+    how = Reading(**options)
+    path = checked_output(Path(output).expanduser(), how.force)
+    loaded = prompts if isinstance(prompts, LoadedPrompts) else prompts_in(map(Path, prompts), how.response)
+    device = chosen_device(how.device)
     source = open_checkpoint(str(model))
     from mergekit_lite.gathering.working_file import WorkingFile  # with torch, as what follows
     from mergekit_lite.resident.model import build, tokenizer_of
@@ -126,22 +113,14 @@ def gather_statistics(
     if loaded.problems and not loaded.prompts:
         raise UsageError(listing("No prompt can be read", loaded.problems))
     built = build(plan, device)
-    examples = examples_of(loaded.prompts[:limit], tokenizer, context_of(built.model), needs_response=fisher)
+    examples = examples_of(loaded.prompts[: how.limit], tokenizer, context_of(built.model), needs_response=fisher)
     numbers = [[*row.prompt, *row.response] for row in examples.rows]
     check_tokens(numbers, len(built.model.get_input_embeddings().weight), source.reference)
-    Weights(built, device, threads).set(plan)
-    most = memory or room_for_matrices(device)
-    work = (_fisher if fisher else _grams)(built, source, examples, device, most, batch_size)
-    with WorkingFile(path, work.tensors, work.metadata, force=force) as file:
+    Weights(built, device, how.threads).set(plan)
+    work = (_fisher if fisher else _grams)(built, source, examples, device, how)
+    with WorkingFile(path, work.tensors, work.metadata, force=how.force) as file:
         passes = work.passes(file.missing)
-        done, in_all = 0, examples.tokens * len(passes)
-
-        def advance(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            if progress is not None:
-                progress(done, in_all)
-
+        advance = Counted(how, examples.tokens * len(passes))
         for one in passes:
             for name, values in one(advance):
                 file.write(name, values)
@@ -180,13 +159,7 @@ def checked_output(path: Path, force: bool) -> Path:
     return path
 
 
-def room_for_matrices(device: str) -> int:
-    """Return how many bytes matrices may take at once."""
-    free = memory_left(device)
-    return 1 << 32 if free is None else int(SHARE * free)
-
-
-def _grams(built: Built, source: Checkpoint, examples: Examples, device: str, most: int, batch_size: int) -> _Work:
+def _grams(built: Built, source: Checkpoint, examples: Examples, device: str, how: Reading) -> _Work:
     from mergekit_lite.gathering.layers import linear_layers
     from mergekit_lite.gathering.passes import GRAM, gram_pass, grouped
 
@@ -196,9 +169,9 @@ def _grams(built: Built, source: Checkpoint, examples: Examples, device: str, mo
 
     def passes(missing: frozenset[str]) -> list[Callable[[Progress], Results]]:
         units = [read for read in layers.inputs if read.name in missing]
-        groups = grouped(units, lambda read: GRAM * read.size**2, most)
+        groups = grouped(units, lambda read: GRAM * read.size**2, how.most(device))
         return [
-            lambda progress, group=group: gram_pass(built, layers, group, examples.rows, batch_size, progress)  # type: ignore[misc]
+            lambda progress, group=group: gram_pass(built, layers, group, examples.rows, how.batch_size, progress)  # type: ignore[misc]
             for group in groups
         ]
 
@@ -206,7 +179,7 @@ def _grams(built: Built, source: Checkpoint, examples: Examples, device: str, mo
     return _Work(tensors, metadata("gram", built, source, examples, device, layers.grams), passes)
 
 
-def _fisher(built: Built, source: Checkpoint, examples: Examples, device: str, most: int, _: int) -> _Work:
+def _fisher(built: Built, source: Checkpoint, examples: Examples, device: str, how: Reading) -> _Work:
     from mergekit_lite.answers.logprobs import check_head
     from mergekit_lite.gathering.passes import fisher_pass, grouped, parameters_of
 
@@ -215,7 +188,7 @@ def _fisher(built: Built, source: Checkpoint, examples: Examples, device: str, m
 
     def passes(missing: frozenset[str]) -> list[Callable[[Progress], Results]]:
         units = [each for each in parameters if missing.intersection(each.names)]
-        groups = grouped(units, lambda each: each.nbytes, most)
+        groups = grouped(units, lambda each: each.nbytes, how.most(device))
         return [
             lambda progress, group=group: fisher_pass(built, group, examples.rows, progress)  # type: ignore[misc]
             for group in groups

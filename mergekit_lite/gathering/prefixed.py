@@ -5,8 +5,8 @@ TMLR 2026, arXiv 2508.03121.
 
 Embeddings are merged first. Then, from layer to layer: each model's whole layer, its norms too, reads what the merged
 layers before it make of that model's prompts, which gives its Gram matrices; and the layer is merged with them. A head
-reads what the merged model makes. The files that are written are those that the recipe names, which the ordinary merge
-by ``regmean`` then reads.
+reads what the merged model makes. The files that are written are those that the recipe names, which the merge by
+``regmean_plus`` then reads.
 
 One model is in memory, whose layers are merged up to some depth. Nothing is kept of the text in between: each layer
 has the text read anew up to it, by the model's own forward pass, so that all that a model hands from layer to layer is
@@ -29,16 +29,11 @@ from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.statistics_file import DTYPE, Prefix
 from mergekit_lite.engine.devices import chosen_device
 from mergekit_lite.errors import UsageError, listing
-from mergekit_lite.gathering.examples import RESPONSE, Examples, examples_of, prompts_in
-from mergekit_lite.gathering.gathering import (
-    INSTEAD,
-    Gathered,
-    checked_output,
-    metadata,
-    notes_on,
-    room_for_matrices,
-)
+from mergekit_lite.gathering.examples import Examples, examples_of, prompts_in
+from mergekit_lite.gathering.gathering import INSTEAD, Gathered, checked_output, metadata, notes_on
+from mergekit_lite.gathering.options import Counted, Reading, StatisticsOptions
 from mergekit_lite.layout import OutputTensor
+from mergekit_lite.methods import METHODS
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.planning.statistics import digest_of_merge
@@ -46,6 +41,8 @@ from mergekit_lite.recipe import Recipe, parse, text_of
 from mergekit_lite.recipe.layers import place
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mergekit_lite.answers.prompts import LoadedPrompts
     from mergekit_lite.checkpoint import Checkpoint
     from mergekit_lite.gathering.layers import Inputs, Layers
@@ -53,6 +50,7 @@ if TYPE_CHECKING:
     from mergekit_lite.resident.model import Built
     from mergekit_lite.resident.weights import Weights
 
+PLUS = "regmean_plus"
 Where = tuple[str, int] | None  # a stack and a layer in it; None for what is in no layer
 
 
@@ -81,31 +79,16 @@ class _Model:
 def gather_statistics_plus(
     recipe: str | Path,
     prompts: Mapping[str, Sequence[str | Path]],
-    *,
-    response: str = RESPONSE,
-    limit: int | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    batch_size: int = 8,
-    memory: int | None = None,
-    force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> tuple[Gathered, ...]:
-    """Write the Gram matrices that make ``merge_method: regmean`` RegMean++: behind the merged layers before each.
+    """Write the Gram matrices that ``merge_method: regmean_plus`` reads: of each layer behind the merged ones.
 
     A killed run goes on with the layers that it had finished.
 
     Args:
-        recipe: a file of ``merge_method: regmean``; each model's ``statistics`` names the file that is written.
+        recipe: a file of ``merge_method: regmean_plus``; each model's ``statistics`` names the file that is written.
         prompts: for each model, by its name in the recipe, JSON, JSON Lines or Parquet files of them.
-        response: the column of the files that holds the responses, where there are some.
-        limit: most prompts that are read of each model.
-        device: ``cpu``, ``cuda``, ``cuda:1`` … or ``auto``.
-        threads: workers that read the weights.
-        batch_size: examples that are read at once.
-        memory: most bytes for matrices at once, of which more take further passes; by default half of what is free.
-        force: replace files that exist, and drop other unfinished work on them.
-        progress: called with (tokens read, tokens to read in all passes).
+        **options: see ``StatisticsOptions``.
 
     Raises:
         UsageError: the recipe is wrong or moves layers, a file exists, prompts are missing, or a model doesn't fit into
@@ -114,11 +97,10 @@ def gather_statistics_plus(
         PlanError: the models don't fit together.
         RunError: something can't be read or written, or isn't finite.
     """
-    if batch_size < 1 or (limit is not None and limit < 1) or (memory is not None and memory < 1):
-        raise UsageError("batch_size, limit and memory are whole numbers from 1 on.")
+    how = Reading(**options)
     asked = parse(text_of(Path(recipe)), str(recipe))
-    outputs = _outputs(asked, prompts, force)
-    device = chosen_device(device)
+    outputs = _outputs(asked, prompts, how.force)
+    device = chosen_device(how.device)
     opened = {reference: open_checkpoint(reference) for reference in asked.models}
     from mergekit_lite.gathering.layers import linear_layers
     from mergekit_lite.gathering.working_file import WorkingFile
@@ -130,10 +112,10 @@ def gather_statistics_plus(
     check_memory(plan, device, INSTEAD)
     built = build(plan, device)
     models = [
-        _model(opened[reference], prompts[reference], output, built, device, response, limit)
+        _model(opened[reference], prompts[reference], output, built, device, how)
         for reference, output in outputs.items()
     ]
-    weights = Weights(built, device, threads)
+    weights = Weights(built, device, how.threads)
     weights.set(models[0].plan)
     layers = linear_layers(built, models[0].examples.rows)
     parts = _parts(layers, built, asked)
@@ -149,7 +131,7 @@ def gather_statistics_plus(
                     model.output,
                     tensors,
                     metadata("gram", built, model.source, model.examples, device, layers.grams, prefix),
-                    force=force,
+                    force=how.force,
                 )
             )
             for model in models
@@ -159,7 +141,7 @@ def gather_statistics_plus(
         def merge(names: Iterable[str]) -> None:  # planned anew: the files with matrices have changed
             weights.set(_merged(recipe_of_prefix, partial, opened), frozenset(names))
 
-        _go_through(parts, models, files, _Reading(weights, layers, device, memory, batch_size, progress), merge)
+        _go_through(parts, models, files, weights, layers, how, merge)
         for file in files:
             file.publish()
     return tuple(
@@ -180,8 +162,10 @@ def gather_statistics_plus(
 
 def _outputs(recipe: Recipe, prompts: Mapping[str, object], force: bool) -> dict[str, Path]:
     """Return the file of each model that is merged. Raises UsageError where the recipe or the prompts don't do."""
-    if recipe.merge_method != "regmean":
-        raise UsageError(f"RegMean++ is of a recipe of merge_method: regmean, and this is of {recipe.merge_method}.")
+    readers = {name for name in _methods(recipe) if METHODS[name].statistics}
+    if readers != {PLUS}:
+        other = " and ".join(sorted(readers - {PLUS})) or recipe.merge_method
+        raise UsageError(f"--plus gathers for a recipe of merge_method: {PLUS}, and this is of {other}.")
     if len(recipe.slices) != 1 or not recipe.slices[0].is_whole or recipe.modules or recipe.tokenizer is not None:
         raise UsageError("RegMean++ merges whole models under 'models', of one tokenizer: no slices, modules, unions.")
     named = {source.model: source.statistics for source in recipe.slices[0].sources}
@@ -195,20 +179,23 @@ def _outputs(recipe: Recipe, prompts: Mapping[str, object], force: bool) -> dict
     return {model: checked_output(path, force) for model, path in paths.items()}
 
 
+def _methods(recipe: Recipe) -> tuple[str, ...]:
+    return (recipe.merge_method, *(override.merge_method for override in recipe.overrides))
+
+
 def _model(
     source: Checkpoint,
     prompts: Sequence[str | Path],
     output: Path,
     built: Built,
     device: str,
-    response: str,
-    limit: int | None,
+    how: Reading,
 ) -> _Model:
     """Return a model with its prompts, as its own tokenizer gives them. Raises UsageError where it can't be set."""
     from mergekit_lite.resident.model import tokenizer_of
     from mergekit_lite.resident.whole import check_tokens, plan_of_whole
 
-    loaded = prompts_in(map(Path, prompts), response)
+    loaded = prompts_in(map(Path, prompts), how.response)
     if loaded.problems and not loaded.prompts:
         raise UsageError(listing(f"{source.reference}: no prompt can be read", loaded.problems))
     plan = plan_of_whole(source, device)
@@ -217,7 +204,8 @@ def _model(
         raise UsageError(
             listing(f"{source.reference}: RegMean++ needs tensors of the same names and shapes; it lacks", odd, shown=3)
         )
-    examples = examples_of(loaded.prompts[:limit], tokenizer_of(plan), context_of(built.model), needs_response=False)
+    read = loaded.prompts[: how.limit]
+    examples = examples_of(read, tokenizer_of(plan), context_of(built.model), needs_response=False)
     numbers = [[*row.prompt, *row.response] for row in examples.rows]
     check_tokens(numbers, len(built.model.get_input_embeddings().weight), source.reference)
     return _Model(source, plan, loaded, examples, output)
@@ -263,29 +251,19 @@ def _merged(recipe: Recipe, files: Mapping[str, Path], opened: Mapping[str, Chec
     return make_plan(replace(recipe, slices=(replace(part, sources=sources),)), [Path("prefix")], opened=opened)
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """How models read."""
-
-    weights: Weights
-    layers: Layers
-    device: str
-    memory: int | None
-    batch_size: int
-    progress: Callable[[int, int], None] | None
-
-
 def _go_through(
     parts: Sequence[_Part],
     models: Sequence[_Model],
     files: Sequence[WorkingFile],
-    how: _Reading,
+    weights: Weights,
+    layers: Layers,
+    how: Reading,
     merge: Callable[[Iterable[str]], None],
 ) -> None:
     """Gather and merge part by part; what is in the files is not gathered again."""
     from mergekit_lite.gathering.passes import GRAM, gram_pass, grouped
 
-    most = how.memory or room_for_matrices(how.device)
+    most = how.most(weights.device)
     work: list[list[list[list[Inputs]]]] = [  # of each part and model: the inputs of each pass
         [
             grouped((read for read in part.inputs if read.name in file.missing), lambda read: GRAM * read.size**2, most)
@@ -296,20 +274,13 @@ def _go_through(
     in_all = sum(
         len(passes) * model.examples.tokens for part in work for model, passes in zip(models, part, strict=True)
     )
-    done = 0
-
-    def advance(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        if how.progress is not None:
-            how.progress(done, in_all)
-
+    advance = Counted(how, in_all)
     for part, of_models in zip(parts, work, strict=True):
         for model, file, passes in zip(models, files, of_models, strict=True):
             if passes and part.own:
-                how.weights.set(model.plan, part.own)
+                weights.set(model.plan, part.own)
             for group in passes:
-                made = gram_pass(how.weights.built, how.layers, group, model.examples.rows, how.batch_size, advance)
+                made = gram_pass(weights.built, layers, group, model.examples.rows, how.batch_size, advance)
                 for name, values in made:
                     file.write(name, values)
                 model.passes += 1

@@ -40,7 +40,7 @@ def merge_tensors(
         tensor_name: enters the draws of random methods, and which group a tensor belongs to.
         seed: of random methods.
         block: elements merged at once; no bit of the result depends on it.
-        statistics: for methods that need some (``fisher``, ``regmean``) what is known of each model: its Fisher
+        statistics: for methods that need some (``fisher``, ``regmean`` …) what is known of each model: its Fisher
             information, of the tensor's shape; or a Gram matrix of its layer's inputs. Without, models are averaged.
         gram_axis: the tensor's axis that meets the inputs of the Gram matrices; 0 where it is stored transposed.
         **parameters: the method's; what differs by model as a list, a single number serves all.

@@ -43,6 +43,7 @@ class Method:
         observed: optional; the figures the report is made of: of a fixed sample of merged blocks, each followed by its
             inputs.
         statistics: the kind of statistics that each model needs beside it, if any: ``gram`` or ``fisher``.
+        prefixed: whether these are of text that came through merged layers, which is gathered for a whole recipe.
         check: optional; raises UsageError where the arguments don't go together, each of them being in its range.
     """
 
@@ -57,6 +58,7 @@ class Method:
     config_source: Literal["base", "model"] = "base"
     observed: Figures | None = None
     statistics: Literal["", "gram", "fisher"] = ""
+    prefixed: bool = False
     check: Callable[..., object] | None = None
 
     @property
@@ -68,6 +70,13 @@ class Method:
     def merges_base(self) -> bool:
         """Whether a base is merged like any other model, with numbers of its own."""
         return self.base == "none" or any(parameter.each == "input" for parameter in self.parameters.values())
+
+    @property
+    def gathered_by(self) -> str:
+        """The command that writes the statistics that it needs."""
+        if self.prefixed:
+            return "mergekit-lite statistics RECIPE --plus --prompts MODEL=FILE"
+        return f"mergekit-lite statistics MODEL --prompts FILE{' --fisher' * (self.statistics == 'fisher')} -o OUT"
 
     @property
     def number(self) -> str:

@@ -14,8 +14,11 @@ may not do where there are fewer tokens than inputs: the matrices are stored in 
 that are 0 negative, of 2,048 inputs by up to 6e-6 of the mean eigenvalue (measured). That is an error. The released
 code adds nothing and inverts: with fewer tokens than inputs, its matrix is singular.
 
-``mergekit-lite statistics RECIPE --plus`` gathers what makes it RegMean++ (Nguyen et al., TMLR 2026, arXiv 2508.03121):
-G of the inputs that each layer of a model gets from the merged layers before it.
+``regmean_plus`` is RegMean++ (Nguyen et al., TMLR 2026, arXiv 2508.03121): the same formula, with G of the inputs that
+each layer of a model gets from the merged layers before it. As those hang on all models and numbers, one command
+gathers them for a whole recipe, layer by layer: ``mergekit-lite statistics RECIPE --plus --prompts MODEL=FILE``. The
+released code is for CLIP's image encoder; a language model's causal mask and its head, which reads what the merged
+model makes, are our reading. It adds nothing to G either.
 
 Tensors without a Gram matrix (embeddings, heads tied to them, norms, biases, experts and their routers) are averaged
 with the models' weights. Of layers stored transposed (GPT-2's Conv1D) the file says so. A worker holds one matrix and
@@ -59,6 +62,32 @@ def regmean(
     if info.gram_axis is None:
         return linear(info, weight=weight)
     return _solved(info, info.gram_axis, weight, non_diagonal, ridge)
+
+
+@method(
+    given="data",
+    base="none",
+    statistics="gram",
+    prefixed=True,
+    check=have_a_mean,
+    formula="(Σ w·W·G)·(Σ w·G)⁻¹, G = XᵀX of what merged layers hand to the layer",
+    source="Nguyen et al. 2026, arXiv 2508.03121",
+)
+def regmean_plus(
+    info: TensorInfo,
+    *,
+    weight: PerModel[NotNegative] = (1.0,),
+    non_diagonal: Share = 1.0,
+    ridge: Annotated[float, Bounds(1e-12)] = 1e-4,
+) -> Merge | Steps:
+    """Merge linear layers so that each model's inputs, as they come through the merged layers before, are answered.
+
+    Args:
+        weight: of each model.
+        non_diagonal: what elements of the Gram matrices off their diagonals are multiplied with.
+        ridge: added to their diagonals, as a share of their mean diagonal element.
+    """
+    return regmean(info, weight=weight, non_diagonal=non_diagonal, ridge=ridge)
 
 
 def _solved(info: TensorInfo, axis: int, weight: tuple[float, ...], non_diagonal: float, ridge: float) -> Steps:

@@ -10,6 +10,11 @@ Where mergekit differs: it computes nuslerp, multislerp and karcher in the model
 straight line when |cos θ| > 0.9995, as here. Its multislerp projects on the tangent space at the normalised weighted
 mean m, where the weighted tangents sum to zero (Σ w·(u − (u·m)·m) = |M|·m − |M|·m): what it computes is the normalised
 mean M/|M| at the mean length, and that is what is computed here. ``karcher`` is the mean on the sphere.
+
+nuslerp merges two models, as in mergekit, or more one after the other: each next one at its share of the weights so
+far. With equal weights that is WARP's SLERP of M policies, slerpm(θ₁…θ_M) = slerp(slerpm(θ₁…θ_M₋₁), θ_M, 1/M) (Ramé et
+al. 2024, arXiv 2406.16768, equation 26), which takes one angle for each layer where nuslerp takes one for each tensor.
+Of more than two their order counts.
 """
 
 from __future__ import annotations
@@ -47,10 +52,27 @@ def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals
     return a, b
 
 
+def _in_turn(weights: tuple[float, ...], products: Totals) -> list[Totals]:
+    """Return the coefficients of vectors that are met one after the other, each at its share of the weights so far.
+
+    ``products`` are the vectors' inner products, float64 of shape (n, n, …); so are the coefficients of each, (…).
+    """
+    coefficients = [np.ones(products.shape[2:])]
+    for number in range(1, len(weights)):
+        total = sum(weights[: number + 1])
+        t = weights[number] / total if total != 0 else 1 / (number + 1)
+        met = np.stack(coefficients)
+        square = np.einsum("i...,ij...,j...->...", met, products[:number, :number], met)
+        across = np.einsum("i...,i...->...", met, products[:number, number])
+        a, b = _on_arc(t, np.stack([square, products[number, number], across]), PARALLEL)
+        coefficients = [*(a * each for each in coefficients), b]
+    return coefficients
+
+
 def _products(vectors: Block, axis: int) -> torch.Tensor:
-    """Return ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ along one axis of two matrices: float64 of shape (3, other axis)."""
-    a, b = (vector.double() for vector in vectors)
-    return torch.stack([(x * y).sum(axis) for x, y in ((a, a), (b, b), (a, b))])
+    """Return inner products along one axis of n matrices: float64 of shape (n, n, other axis)."""
+    wide = [vector.double() for vector in vectors]
+    return torch.stack([torch.stack([(one * other).sum(axis) for other in wide]) for one in wide])
 
 
 @method(given="models", models=(1, 1), formula="(sin((1−t)θ)·base + sin(tθ)·x) / sin θ", source="Shoemake 1985")
@@ -74,42 +96,40 @@ def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_
 @method(
     given="models",
     base="optional",
-    models=(2, 2),
+    models=(2, None),
     rows=_nuslerp_rows,
-    formula="base + slerp(x₁ − base, x₂ − base, w₂/(w₁+w₂))",
-    source="mergekit",
+    formula="base + slerp(x₁ − base, x₂ − base, w₂/(w₁+w₂)), then with x₃ at w₃/(w₁+w₂+w₃) …",
+    source="mergekit; Ramé et al. 2024, arXiv 2406.16768",
 )
 def nuslerp(
     info: TensorInfo, *, weight: PerModel[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:
-    """Interpolate along the sphere between two models, or what they add to a base, at the place their weights give.
+    """Interpolate along the sphere between models, or what they add to a base, at the place their weights give.
 
     Args:
-        weight: of each model; only their ratio counts. Weights that sum to zero mean the middle.
+        weight: of each model; only their ratios count. Weights that sum to zero mean equal ones.
         nuslerp_flatten: the whole tensor is one vector.
         nuslerp_row_wise: where not: vectors run along the first axis instead of the last (sic, as in mergekit).
     """
-    t = weight[1] / sum(weight) if sum(weight) != 0 else 0.5
 
     def vectors(block: Block) -> Block:
         return deltas(block) if info.has_base else block
 
-    def at(block: Block, a: Totals, b: Totals) -> torch.Tensor:
-        first, second = vectors(block)
-        merged = first * torch.from_numpy(a).to(first) + second * torch.from_numpy(b).to(first)
+    def at(block: Block, coefficients: list[Totals]) -> torch.Tensor:
+        first, *others = (x * torch.from_numpy(of).to(x) for x, of in zip(vectors(block), coefficients, strict=True))
+        merged = sum(others, first)
         return merged.add_(block[0]) if info.has_base else merged
 
     if nuslerp_flatten or not info.shape:
         products = yield from gram(info.has_base)
-        first, second = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
-        return WeightedSum((float(first), float(second)), info.has_base)
+        return WeightedSum(tuple(map(float, _in_turn(weight, products))), info.has_base)
     if nuslerp_row_wise:
-        columns = _on_arc(t, (yield Reduction(lambda block, _: _products(vectors(block), 0))), PARALLEL)
-        return lambda block, _: at(block, *columns)
+        columns = _in_turn(weight, (yield Reduction(lambda block, _: _products(vectors(block), 0))))
+        return lambda block, _: at(block, columns)
 
     def by_rows(block: Block, _: int) -> torch.Tensor:
-        a, b = _on_arc(t, _products(vectors(block), 1).cpu().numpy(), PARALLEL)
-        return at(block, a[:, None], b[:, None])
+        products = _products(vectors(block), 1).cpu().numpy()
+        return at(block, [each[:, None] for each in _in_turn(weight, products)])
 
     return by_rows
 

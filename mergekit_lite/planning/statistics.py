@@ -14,11 +14,9 @@ from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.naming.alignment import unwrapped
 from mergekit_lite.checkpoint.statistics_file import CALLED, Statistics, open_statistics
 from mergekit_lite.errors import CheckpointError
-from mergekit_lite.methods import METHODS
+from mergekit_lite.methods import METHODS, Method
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import Recipe, as_data
-
-TOGETHER = "gather all in one go: mergekit-lite statistics RECIPE --plus"
 
 
 class WithStatistics(NamedTuple):
@@ -78,7 +76,8 @@ def with_statistics(
         return WithStatistics(jobs, (), [])
     problems: list[str] = []
     models = list(zip(recipe.models, opened, inputs, strict=True))
-    beside = _opened(recipe, models, already, {kind_read(job) for job in jobs} - {""}, problems)
+    readers = {job.method: METHODS[job.method] for job in jobs if kind_read(job)}
+    beside = _opened(recipe, models, already, list(readers.values()), problems)
     if rows_move and any(kind_read(job) == "fisher" for job in jobs):
         problems.append("fisher: statistics don't follow rows of the vocabulary to other places: no tokenizer_source")
     if problems:
@@ -106,10 +105,11 @@ def _opened(
     recipe: Recipe,
     models: Sequence[tuple[str, Checkpoint, Checkpoint]],
     already: Mapping[str, Checkpoint],
-    kinds: set[str],
+    readers: Sequence[Method],
     problems: list[str],
 ) -> dict[int, _Beside]:
-    """Return the statistics of each input, held to the model that they are of."""
+    """Return the statistics of each input for the methods that read them, held to the model that they are of."""
+    kinds: set[str] = {method.statistics for method in readers}
     named: dict[str, str | None] = {}
     for source in (source for part in recipe.slices for source in part.sources):
         known = named.setdefault(source.model, source.statistics)
@@ -121,7 +121,8 @@ def _opened(
             problems.append(f"{model}: {' and '.join(sorted(kinds))} statistics are missing: name its 'statistics'")
             continue
         try:
-            statistics = open_statistics(reference, already[reference].path if reference in already else None)
+            place = already[reference].path if reference in already else None
+            statistics = open_statistics(reference, place, written_by=readers[0].gathered_by)
             problems += _misfit(statistics, was, kinds)
         except CheckpointError as error:
             problems.append(str(error))
@@ -129,7 +130,8 @@ def _opened(
         own = unwrapped(was)  # as it is read by itself
         names = {} if own is now else {(spec.file, spec.offset): name for name, spec in own.tensors.items()}
         beside[number] = _Beside(statistics, len(models) + len(beside), names)
-    problems += _apart(recipe, {model: was for model, was, _ in models}, [each.statistics for each in beside.values()])
+    files = [each.statistics for each in beside.values()]
+    problems += _wrong_prefix(recipe, {model: was for model, was, _ in models}, files, readers)
     return beside
 
 
@@ -149,23 +151,29 @@ def digest_of_merge(recipe: Recipe, models: Mapping[str, Checkpoint]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def _apart(recipe: Recipe, models: Mapping[str, Checkpoint], statistics: Sequence[Statistics]) -> list[str]:
-    """Return what is wrong with files of which some were gathered behind merged layers."""
+def _wrong_prefix(
+    recipe: Recipe, models: Mapping[str, Checkpoint], statistics: Sequence[Statistics], readers: Sequence[Method]
+) -> list[str]:
+    """Return what is wrong with where text came from that files are of: through merged layers of the recipe, or not."""
+    plus = [method for method in readers if method.prefixed]
+    if plus and len(plus) < len(readers):
+        names = " and ".join(method.name for method in readers)
+        return [f"{names} read statistics that are gathered in other ways, and a model has one file: take one of them"]
+    called = readers[0].name
+    anew = f"gather them: {readers[0].gathered_by}"
     behind = [each for each in statistics if each.prefix is not None]
-    if not behind:
-        return []
-    first = behind[0]
-    others = [each.file.reference for each in statistics if each.prefix != first.prefix]
-    if others:
-        return [
-            f"{first.file.reference}: was gathered behind merged layers, together with others, and "
-            f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} none of them: {TOGETHER}"
-        ]
-    if first.prefix is not None and first.prefix.recipe != digest_of_merge(recipe, models):
-        return [
-            f"{first.file.reference}: was gathered behind merged layers of another recipe: of other models, methods or "
-            f"parameters: {TOGETHER}"
-        ]
+    if not plus:
+        wrong = f"was gathered behind merged layers, for regmean_plus; {called} reads what one model makes by itself"
+        return [f"{each.file.reference}: {wrong}: {anew}" for each in behind]
+    if alone := [each.file.reference for each in statistics if each.prefix is None]:
+        wrong = f"was gathered of one model by itself, for regmean; {called} needs it behind the merged layers"
+        return [f"{reference}: {wrong}: {anew}" for reference in alone]
+    if len({each.prefix for each in behind}) > 1:
+        files = " and ".join(each.file.reference for each in behind)
+        return [f"{files}: were not gathered in one go, so that each is of other merged layers: {anew}"]
+    if behind and behind[0].prefix is not None and behind[0].prefix.recipe != digest_of_merge(recipe, models):
+        other = "was gathered behind merged layers of another recipe: of other models or numbers"
+        return [f"{behind[0].file.reference}: {other}: {anew}"]
     return []
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mergekit_lite import block_fp8, dtypes
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.checkpoint.tensor import PLAIN, Encoding
+from mergekit_lite.checkpoint.tensor import PLAIN
 from mergekit_lite.deferred import np
 from mergekit_lite.planning import Job
 
@@ -25,18 +25,6 @@ DIFFERENT = 131_101  # elements that are made; behind them they repeat. A prime:
 # all amounts are there equally often, so that no k splits those that are equal
 LOW, HIGH = 0x30, 0x3E  # bytes of which floats of 8, 16 and 32 bits are finite, and neither tiny nor huge
 PATTERN = "pattern"
-
-
-@dataclass(frozen=True, slots=True)
-class Unit(Encoding):
-    """A unit matrix: as a Gram matrix, one that can be inverted."""
-
-    def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Make the elements."""
-        values = np.frombuffer(out, dtype=spec.dtype)
-        values[:] = 0
-        every = spec.shape[-1] + 1
-        values[-start % every :: every] = 1
 
 
 class MadeUpReader(Reader):
@@ -97,8 +85,7 @@ def made_up(job: Job, elements: int, reader: MadeUpReader, *, plainly: bool = Fa
             spec = replace(reader.noise(spec, 0 if origin else number + 1), encoding=PLAIN)
         inputs.append(replace(spec, shape=shape))
     merged = math.prod(shape) if job.merged_elements else 0
-    grams = tuple(replace(spec, shape=(shape[job.gram_axis],) * 2, encoding=Unit()) for spec in job.grams)
-    return replace(job, shape=shape, inputs=tuple(inputs), merged_elements=merged, grams=grams)
+    return replace(job, shape=shape, inputs=tuple(inputs), merged_elements=merged)
 
 
 def _cut(shape: Sequence[int], elements: int, multiple: int) -> tuple[int, ...]:

@@ -52,11 +52,10 @@ def _lacking_of_models(recipe: Recipe, part: Slice, method: Method, key: str, at
 
 
 def _without_statistics(recipe: Recipe, part: Slice, method: Method) -> Iterator[Remark]:
-    command = f"mergekit-lite statistics MODEL --prompts FILE{' --fisher' * (method.statistics == 'fisher')} -o OUT"
     for source in (part.sources[index] for index in _merged(part, method) if method.statistics):
         if source.model and source.statistics is None:
             without = f"{method.name} needs the 'statistics' of {source.model!r}{_in_slice(recipe, part)}"
-            yield Remark(source.at, f"{without}: a file that {command} writes")
+            yield Remark(source.at, f"{without}: a file that {method.gathered_by} writes")
 
 
 def _methods(recipe: Recipe) -> Iterator[tuple[Method, Parameters, Mark]]:

@@ -39,7 +39,7 @@ from mergekit_lite.resident.model import Built
 from mergekit_lite.resident.weights import Weights
 from tests.engine.simulated_gpu import SimulatedGpus, Stream
 from tests.models import State, tuned, write_folder
-from tests.statistics_files import write_statistics
+from tests.statistics_files import write_those_of
 
 SHAPES = {
     "model.layers.0.mlp.up_proj.weight": (200, 250),  # two blocks
@@ -86,6 +86,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ram": {},
     "ramplus_tl": {},
     "regmean": {},
+    "regmean_plus": {},
     "relex": {"step": [10, 20], "to_step": 50},
     "sce": {},
     "sce some": {"select_topk": 0.2},
@@ -116,8 +117,18 @@ SUMMED = {
 BY_LENGTH = {"breadcrumbs_ties", "dare_linear", "dare_ties", "della", "ties rescaled"}  # of those, by rescaling alone
 BY_THREE = ("geometric_median", "sce")
 # The simulated device adds in another order in sums, by the same share in all of them, and not in products of matrices:
-# that cancels in "fisher balanced", and leaves "regmean" alone.
-BY_FUNCTION = {"consensus", "fisher", "fisher balanced", "magmax", "nearswap", "ram", "ramplus_tl", "regmean"}
+# that cancels in "fisher balanced", and leaves "regmean" and "regmean_plus" alone.
+BY_FUNCTION = {
+    "consensus",
+    "fisher",
+    "fisher balanced",
+    "magmax",
+    "nearswap",
+    "ram",
+    "ramplus_tl",
+    "regmean",
+    "regmean_plus",
+}
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -163,9 +174,9 @@ def write_recipe(folder: Path, case: str, rounding: str = "nearest") -> Path:
     ]
     recipe = {"merge_method": method.name, "models": models, "parameters": parameters, "rounding": rounding}
     if method.statistics:
-        for number, model in enumerate(models):
-            model["statistics"] = f"{model['model']}-{method.statistics}.safetensors"
-            write_statistics(model["model"], method.statistics, model["statistics"], number)
+        for model in models:
+            model["statistics"] = f"{model['model']}-{method.name}.safetensors"
+        write_those_of(recipe)
     if method.base == "required" or "rows" in case:
         recipe["base_model"] = str(folder / "base")
     path = folder / f"{case}.yml"

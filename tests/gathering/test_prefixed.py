@@ -59,7 +59,7 @@ def recipe(
         for number, (model, weight) in enumerate(zip(models, weights, strict=True))
     ]
     file = folder / name
-    file.write_text(yaml.safe_dump({"merge_method": "regmean", "models": listed, **more}))
+    file.write_text(yaml.safe_dump({"merge_method": "regmean_plus", "models": listed, **more}))
     return file
 
 
@@ -155,7 +155,7 @@ def test_the_merge_is_that_of_a_slow_second_way(architecture: str, tmp_path: Pat
     for number, model in enumerate(content["models"]):
         model["statistics"] = str(tmp_path / f"plain-{number}.safetensors")
         gather_statistics(model["model"], [f"{number}.jsonl"], model["statistics"])
-    plain.write_text(yaml.safe_dump(content))
+    plain.write_text(yaml.safe_dump(content | {"merge_method": "regmean"}))
     other = merged(plain, tmp_path / "regmean")
     assert max(float((x - other[name]).abs().max()) for name, x in out.items()) > 0.1  # it is no RegMean
 
@@ -173,7 +173,7 @@ def test_the_first_layer_is_that_of_regmean_where_embeddings_are_equal(tmp_path:
     names = tuple(str(tmp_path / name) for name in models)
     listed = [{"model": name, "statistics": f"{name}.safetensors"} for name in names]
     file = tmp_path / "r.yml"
-    file.write_text(yaml.safe_dump({"merge_method": "regmean", "models": listed}))
+    file.write_text(yaml.safe_dump({"merge_method": "regmean_plus", "models": listed}))
     gather_statistics_plus(file, {name: [f"{number}.jsonl"] for number, name in enumerate(names)})
     for number, name in enumerate(names):
         gather_statistics(name, [f"{number}.jsonl"], f"{name}-alone.safetensors")
@@ -188,7 +188,7 @@ def test_equal_models_give_the_model_and_their_own_statistics(tmp_path: Path) ->
     twin = written(tmp_path / "b", seed=7)
     listed = [{"model": str(each), "statistics": f"{each}.safetensors"} for each in (model, twin)]
     file = tmp_path / "r.yml"
-    file.write_text(yaml.safe_dump({"merge_method": "regmean", "models": listed}))
+    file.write_text(yaml.safe_dump({"merge_method": "regmean_plus", "models": listed}))
     gather_statistics_plus(file, {str(model): ["0.jsonl"], str(twin): ["1.jsonl"]})
     gather_statistics(model, ["0.jsonl"], tmp_path / "alone.safetensors")
     alone = load_file(tmp_path / "alone.safetensors")
@@ -259,7 +259,15 @@ def test_files_are_held_together_and_to_their_recipe(tmp_path: Path) -> None:
 
     gather_statistics("llama-1", ["1.jsonl"], tmp_path / "alone.safetensors")
     alone = str(tmp_path / "alone.safetensors")
-    assert f"{alone} is none of them" in problem(lambda r: r["models"][1].update(statistics=alone))
+    by_itself = f"{alone}: was gathered of one model by itself, for regmean"
+    assert by_itself in problem(lambda r: r["models"][1].update(statistics=alone))
+    told = problem(lambda r: r.update(merge_method="regmean"))
+    assert told.count("was gathered behind merged layers, for regmean_plus; regmean reads") == 2
+    assert "mergekit-lite statistics MODEL --prompts FILE -o OUT" in told
+    nowhere = problem(lambda r: r["models"][0].update(statistics="nowhere.safetensors"))
+    assert "`mergekit-lite statistics RECIPE --plus --prompts MODEL=FILE` writes it" in nowhere
+    mixed = [{"filter": "mlp", "merge_method": "regmean"}]
+    assert "regmean_plus and regmean read statistics" in problem(lambda r: r.update(overrides=mixed))
     assert "of another recipe" in problem(lambda r: r["models"][1]["parameters"].update(weight=3))
     assert "of another recipe" in problem(lambda r: r.update(parameters={"ridge": 1e-3}))
     assert "of another recipe" in problem(lambda r: r["models"].pop())
@@ -268,12 +276,12 @@ def test_files_are_held_together_and_to_their_recipe(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="of another recipe"):
         mergekit_lite.make_plan(several, [tmp_path / "one", tmp_path / "two"])
     facts = open_statistics(given["models"][0]["statistics"]).facts()
-    assert facts["gathered"] == "behind the merged layers, for RegMean++"
+    assert facts["for"] == "merge_method: regmean_plus"
     (tmp_path / "again").mkdir()
     again = recipe(tmp_path / "again", models)
     gather_statistics_plus(again, files(models), limit=3)
     fewer = yaml.safe_load(again.read_text())["models"][1]["statistics"]
-    assert "is none of them" in problem(lambda r: r["models"][1].update(statistics=fewer))
+    assert "not gathered in one go" in problem(lambda r: r["models"][1].update(statistics=fewer))
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path: Path) -> None:
@@ -283,6 +291,11 @@ def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path:
     linear.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"merge_method": "linear"}))
     with pytest.raises(UsageError, match="and this is of linear"):
         gather_statistics_plus(linear, files(models))
+    mixed = tmp_path / "mixed.yml"
+    overrides = [{"filter": "mlp", "merge_method": "fisher"}]
+    mixed.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"overrides": overrides}))
+    with pytest.raises(UsageError, match="and this is of fisher"):
+        gather_statistics_plus(mixed, files(models))
     with pytest.raises(UsageError, match="llama-1: has no prompts: --prompts 'llama-1=FILE'"):
         gather_statistics_plus(file, files(models[:1]))
     with pytest.raises(UsageError, match="gpt2-0: the recipe merges no such model"):
@@ -296,4 +309,4 @@ def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path:
         done = run(place, *words, *more)
         assert done.returncode == 2, done.stderr
         assert text in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["linear.yml", "r.yml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linear.yml", "mixed.yml", "r.yml"]

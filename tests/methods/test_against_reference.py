@@ -51,8 +51,12 @@ CASES = [
     Case("slerp", True, (1,), {"t": 1.4}),
     Case("nuslerp", False, (2,), {"weight": [0.3, 0.9]}),
     Case("nuslerp", True, (2,), {"weight": [0.3, 0.9]}),
-    Case("nuslerp", True, (2,), {"weight": [0.3, 0.9], "nuslerp_flatten": False, "nuslerp_row_wise": False}),
-    Case("nuslerp", True, (2,), {"weight": [0.3, 0.9], "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    Case("nuslerp", True, (3, 5), {"weight": [0.3, 0.9, 0.4, -0.2, 0.5]}),
+    Case("nuslerp", False, (4,), {"weight": 1.0}),
+    *(
+        Case("nuslerp", True, (2, 3), {"weight": [0.3, 0.9, 0.5], "nuslerp_flatten": False, "nuslerp_row_wise": along})
+        for along in (False, True)
+    ),
     Case("nuslerp", False, (2,), {"weight": 1.0, "nuslerp_flatten": False}),
     Case("multislerp", False, MANY, {"weight": 1.0}),
     Case("multislerp", True, MANY, {"weight": WEIGHTS, "normalize_weights": False, "eps": 1e-7}),

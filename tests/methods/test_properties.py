@@ -72,6 +72,7 @@ ORDERED = {
     "della_linear",
     "ema",
     "magmax",
+    "nuslerp",
     "relex",
     "schedule_average",
 }
@@ -167,7 +168,7 @@ def test_scaling_the_models_scales_the_merge(method: str, seed: int, power: int)
 def test_weight_zero_leaves_a_model_out(method: str) -> None:
     base, *models = drawn(3, 2, dtype=torch.float32)
     both = merge_tensors(method, base if METHODS[method].base == "required" else None, models, weight=[1.0, 0.0])
-    if METHODS[method].models[1] == 2 or method in ("karcher", "geometric_median", "multislerp"):
+    if METHODS[method].models[0] == 2 or method in ("karcher", "geometric_median", "multislerp"):
         torch.testing.assert_close(both, models[0], rtol=1e-5, atol=1e-7)
     else:
         alone = merge_tensors(method, base if METHODS[method].base == "required" else None, models[:1], weight=1.0)

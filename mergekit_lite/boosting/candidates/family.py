@@ -35,6 +35,7 @@ class Family(Protocol):
     ranges: Mapping[str, Range]  # the bounds of each parameter, by name
     baseline: Params  # the params that the others are compared with
     opened: Mapping[str, Checkpoint]  # the inputs by their references
+    notes: Sequence[str]  # on the baseline, for the user
 
     def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
         """Plan a candidate.
@@ -46,6 +47,8 @@ class Family(Protocol):
 
 class PairFamily:
     """An aligned model, the model it was tuned from, and alphas. The baseline is the aligned model itself."""
+
+    notes: Sequence[str] = ()
 
     def __init__(self, sft: str, aligned: str, tunables: Sequence[Tunable], options: Mapping[str, Any]) -> None:
         """``options`` are those of ``plan_extrapolation``: which tensors, dtype, rounding and seed."""
@@ -74,6 +77,8 @@ class RunFamily:
 
     So a candidate at that very step, the line without the run's noise, is none of the family.
     """
+
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -134,6 +139,7 @@ class RecipeFamily:
         )
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
         self.baseline: Params = self.tuning.as_written
+        self.notes: Sequence[str] = self.tuning.notes
 
     def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
         """Plan as ``merge`` does for the recipe with these params."""
@@ -153,7 +159,7 @@ def check_plans(family: Family) -> list[str]:
     Raises PlanError with all that is refused.
     """
     ends = ({name: getattr(of, end) for name, of in family.ranges.items()} for end in ("low", "high"))
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = dict.fromkeys(family.notes)
     problems: dict[str, None] = {}
     for params in (family.baseline, *ends):
         try:

@@ -25,6 +25,7 @@ from typing import Any
 
 from mergekit_lite.boosting.candidates.ranges import Range, read_range
 from mergekit_lite.errors import UsageError, listing, nearest
+from mergekit_lite.methods import METHODS
 from mergekit_lite.recipe.rules import REGEX
 from mergekit_lite.yaml_document import Fields, Items, Node, Scalar, Value, dump, read
 
@@ -171,14 +172,45 @@ class RecipeTuning:
 
     @property
     def as_written(self) -> dict[str, float]:
-        """The recipe's own numbers; the low bound where it has none, or one for some filters only."""
-        numbers: dict[str, float] = {}
-        for each in self.tunables:
-            within, last = _parent(deepcopy(self.tree), each.path)
-            old = within.get(last) if isinstance(within, dict) else within[last]
-            number = each.range.low if isinstance(old, bool) or not isinstance(old, int | float) else float(old)
-            numbers |= dict.fromkeys(each.names, number)
-        return numbers
+        """The numbers that hold in the recipe: written there or further out, else defaults; else the low bound."""
+        return {
+            name: number
+            for each in self.tunables
+            for name, number in zip(each.names, self._holding(each) or [each.range.low] * len(each.names), strict=True)
+        }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the baseline has where no one number holds in the recipe."""
+        unwritten = (each for each in self.tunables if self._holding(each) is None)
+        return tuple(
+            f"{each.text}: no one number of the recipe holds there: the baseline has the low end, {each.range.low:g}"
+            for each in unwritten
+        )
+
+    def _holding(self, tunable: Tunable) -> list[float] | None:
+        """Return the numbers that hold for a tunable; None where there are none, or others for some tensors."""
+        held = _held(self.tree, tunable.path)
+        if held is None and tunable.path[-2:-1] == ("parameters",):
+            held = self._default(tunable.path)
+        if isinstance(held, list) and held and isinstance(held[0], dict):
+            [entry] = self._entries(tunable, [0.0]) if len(tunable.names) == 1 else [{}]
+            by_condition = {_condition(each): each.get("value") for each in reversed(held)}
+            held = by_condition.get(_condition(entry), by_condition.get(_condition({})))
+        numbers = held if isinstance(held, list) else [held] * len(tunable.names)
+        if len(numbers) != len(tunable.names) or any(
+            isinstance(n, bool) or not isinstance(n, int | float) for n in numbers
+        ):
+            return None
+        return list(map(float, numbers))
+
+    def _default(self, path: Sequence[str]) -> Tree:
+        """Return what the method takes for a parameter that is given nowhere, if it does without."""
+        name = self.tree.get("merge_method")
+        if path[0] == "overrides":
+            name = self.tree["overrides"][int(path[1])].get("merge_method", name)
+        known = METHODS[name].parameters if name in METHODS else {}
+        return known[path[-1]].default if path[-1] in known else None
 
     def text(self, params: Mapping[str, float]) -> str:
         """Return the recipe with these params, as YAML."""
@@ -211,6 +243,20 @@ class RecipeTuning:
         if tunable.layers is not None:
             entry["layers"] = list(tunable.layers)
         yield entry | {"value": list(numbers) if tunable.gradient else numbers[0]}
+
+
+def _held(tree: Tree, path: Sequence[str]) -> Tree:
+    """Return the value at a path; where it isn't written, that of the same parameter at the next level further out."""
+    *outer, last = path
+    levels = [tree]
+    for key in outer:
+        tree = tree[int(key)] if isinstance(tree, list) else tree.get(key)
+        levels.append({} if tree is None else tree)
+    if isinstance(levels[-1], list):
+        return levels[-1][int(last)]
+    within = [levels[-1], *(each.get("parameters") for each in reversed(levels[:-2]) if isinstance(each, dict))]
+    found = (each.get(last) for each in within if isinstance(each, dict))
+    return next((value for value in found if value is not None), None)
 
 
 def _beyond(old: Tree, entries: Sequence[Mapping[str, Any]]) -> list[Tree]:

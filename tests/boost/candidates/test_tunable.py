@@ -96,10 +96,37 @@ def test_the_recipe_as_written_is_the_baseline() -> None:
     tunables = parse(["parameters.density=0:1", "parameters.t[filter=mlp]=0.1:1", "parameters.density[gradient=2]=0:1"])
     assert RecipeTuning(RECIPE, "recipe.yml", tunables, 8).as_written == {
         "parameters.density": 0.5,
-        "parameters.t[filter=mlp]": 0.1,
+        "parameters.t[filter=mlp]": 0.2,
         "parameters.density[gradient=2].0": 0.5,
         "parameters.density[gradient=2].1": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("tune", "numbers"),
+    [
+        ("parameters.t[filter=self_attn]=0:1", [0.7]),
+        ("parameters.t[gradient=2]=0:1", [0.2, 0.2]),
+        ("models.1.parameters.density=0:1", [0.5]),  # from further out
+        ("parameters.alpha=0.4:2", [0.5]),  # the default of wise_ft
+        ("overrides.0.parameters.scale=0.3:1", [1.0]),  # that of the override's method
+        ("parameters.along[gradient=3]=0:1", [0.0, 0.6, 0.1]),
+    ],
+)
+def test_the_baseline_has_what_holds_in_the_recipe(tune: str, numbers: list[float]) -> None:
+    recipe = RECIPE.replace("slerp", "wise_ft") + "  along: [0, 0.6, 0.1]\noverrides: [{merge_method: passthrough}]\n"
+    tuning = RecipeTuning(recipe, "recipe.yml", parse([tune]), 8)
+    assert list(tuning.as_written.values()) == numbers
+    assert tuning.notes == ()
+
+
+@pytest.mark.parametrize("tune", ["parameters.nothing=0.3:1", "parameters.along[gradient=2]=0.3:1"])
+def test_a_baseline_without_a_number_is_told(tune: str) -> None:
+    recipe = f"{RECIPE}  along: [0, 0.6, 0.1]\n"
+    tuning = RecipeTuning(recipe, "recipe.yml", parse([tune]), 8)
+    assert set(tuning.as_written.values()) == {0.3}
+    [note] = tuning.notes
+    assert "the baseline has the low end, 0.3" in note
 
 
 def test_plans_of_a_pair_are_those_of_extrapolate(tmp_path: Path) -> None:

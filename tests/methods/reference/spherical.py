@@ -34,22 +34,25 @@ def nuslerp(
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
 ) -> Tensor:
-    w = spread(weight, 2)
-    t = w[1] / (w[0] + w[1]) if w[0] + w[1] else 0.5
-    a, b = models if base is None else [x - base for x in models]
-    out = torch.empty_like(a)
+    w = spread(weight, len(models))
+    vectors = models if base is None else [x - base for x in models]
+    out = vectors[0].clone()
 
-    def between(u: Tensor, v: Tensor) -> Tensor:
+    def between(u: Tensor, v: Tensor, t: float) -> Tensor:
         return arc(u, v, t, lambda c: 1 - c * c <= 1e-16)
 
-    if nuslerp_flatten or a.dim() < 2:
-        out = between(a, b)
-    elif nuslerp_row_wise:
-        for j in range(a.shape[1]):
-            out[:, j] = between(a[:, j], b[:, j])
-    else:
-        for i in range(a.shape[0]):
-            out[i] = between(a[i], b[i])
+    for n in range(1, len(vectors)):
+        so_far = sum(w[: n + 1])
+        t = w[n] / so_far if so_far else 1 / (n + 1)
+        a, b = out.clone(), vectors[n]
+        if nuslerp_flatten or a.dim() < 2:
+            out = between(a, b, t)
+        elif nuslerp_row_wise:
+            for j in range(a.shape[1]):
+                out[:, j] = between(a[:, j], b[:, j], t)
+        else:
+            for i in range(a.shape[0]):
+                out[i] = between(a[i], b[i], t)
     return out if base is None else base + out
 
 
