@@ -22,7 +22,13 @@ from mergekit_lite.distillation.recipe.schema import (
     RecipeSource,
     Train,
 )
-from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections, wrong_nearest, wrong_origins
+from mergekit_lite.distillation.recipe.selecting import (
+    pairing_scorers,
+    selections,
+    wrong_embedded,
+    wrong_nearest,
+    wrong_origins,
+)
 from mergekit_lite.distillation.recipe.unscored import wrong_systems, wrong_unscored
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
@@ -44,6 +50,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield from wrong_origins(recipe.prompts)
         for number, prompts in enumerate(recipe.prompts):
             yield from wrong_nearest(("prompts", number, "nearest"), prompts.nearest)
+            for key in ("distinct", "nearest"):
+                yield from wrong_embedded(("prompts", number, key), getattr(prompts, key))
             yield from wrong_systems(("prompts", number, "systems"), prompts.systems)
         yield from pairing_problems(recipe)
     if not recipe.train.stages:
