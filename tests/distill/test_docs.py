@@ -85,7 +85,7 @@ def test_the_recipe_that_draws_plans(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["distill", "run", str(tmp_path / "magpie.yaml"), "--dry-run", "--json"])
     assert result.exit_code == 0, result.output
     (domain,) = json.loads(result.output)["domains"]
-    assert (domain["domain"], domain["prompts"], domain["sft"]) == ("chat", 100_000, 100_000)
+    assert (domain["domain"], domain["prompts"], domain["sft"]) == ("chat", 100_000, 30_000)
     keys = set(Magpie.model_fields)
     assert first_column("Prompts that a model draws") <= keys
     told = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", section("Prompts that a model draws"), re.MULTILINE))

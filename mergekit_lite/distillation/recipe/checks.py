@@ -133,7 +133,7 @@ def _report(recipe: Recipe) -> Iterator[Problem]:
             hint = nearest(name, kinds) or f" There are: {', '.join(kinds)}."
             yield Problem(("report", "scores", number), f"no scorer is named {name!r}.{hint}")
         elif not kind_of(kinds[name]).judges:
-            text = f"{name!r} has the scores of the data, and can't judge what the trained models answer"
+            text = f"{name!r} has scores of the data or of prompts, and can't judge what the trained models answer"
             yield Problem(("report", "scores", number), text)
 
 
