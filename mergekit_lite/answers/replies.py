@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -97,10 +98,18 @@ def reply_in(body: bytes, blank: bool = False) -> Reply:
         Failed: it has none.
     """
     content = _content(body)
+    return _reply(content["choices"][0], _count(content, "completion_tokens"), blank)
+
+
+def tokens_read(body: bytes) -> int | None:
+    """Return how many tokens a server says it has read; None where it says nothing of it. Raises Failed."""
+    return _count(_content(body), "prompt_tokens")
+
+
+def _count(content: Mapping[str, Any], of: str) -> int | None:
     usage = content.get("usage")
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    counted = type(tokens) is int and 0 <= tokens <= MOST_TOKENS
-    return _reply(content["choices"][0], tokens if counted else None, blank)
+    tokens = usage.get(of) if isinstance(usage, dict) else None
+    return tokens if type(tokens) is int and 0 <= tokens <= MOST_TOKENS else None
 
 
 def _content(body: bytes) -> dict[str, Any]:

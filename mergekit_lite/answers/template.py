@@ -95,15 +95,21 @@ class PreQuery(NamedTuple):
         text: the template up to the user's words.
         tokens: its ids.
         ends: ids of the special tokens that the template writes, and of the end of text.
-        stop: the text that follows the words, where that is no special token: ``[/INST]``. Else empty.
-        bos: the text of the token that the tokenizer itself puts before any text; empty where it puts none.
+        stop: the text that follows the words: ``[/INST]``, or that of a special token, which a model may spell, too.
+        put: the texts of the tokens that the tokenizer itself puts before any text, and behind it; empty for none.
     """
 
     text: str
     tokens: tuple[int, ...]
     ends: frozenset[int]
     stop: str
-    bos: str
+    put: tuple[str, str]
+
+    @property
+    def lacks(self) -> tuple[str, str]:
+        """What a tokenizer puts before and behind this text that the template doesn't have there."""
+        before, behind = self.put
+        return "" if self.text.startswith(before) else before, behind
 
 
 class ChatTemplate:
@@ -192,21 +198,26 @@ class ChatTemplate:
         messages = self._accepted(with_system((Message(role="user", content=PROBE),), system))
         text = self._render(messages, header=True)
         before, probe, after = text.partition(PROBE)
-        if not probe or PROBE in after or not before:
+        put = self._put()
+        if not probe or PROBE in after or before.strip() in ("", self.tokenizer.bos_token, put[0]):
             raise TemplateError(f"The chat template of {self.name} doesn't show the user's words once, behind others.")
         following = self._ids(after)
         special = next((token for token in following if token in self._special), None)
-        if special is not None:
-            after = after.partition(str(self.tokenizer.convert_ids_to_tokens(special)))[0]
+        name = "" if special is None else str(self.tokenizer.convert_ids_to_tokens(special))
+        stop = (after.partition(name)[0] if name else after).strip().partition("\n")[0]
         tokens, ends = self._ids(before), {self.tokenizer.eos_token_id} - {None}
-        puts_bos = self.tokenizer.bos_token_id in self.tokenizer("x")["input_ids"][:1]
-        return PreQuery(
-            before,
-            tokens,
-            frozenset(ends | (self._special & {*tokens, *following})),
-            after.strip().partition("\n")[0],
-            str(self.tokenizer.bos_token) if puts_bos else "",
-        )
+        ends |= self._special & {*tokens, *following}
+        return PreQuery(before, tokens, frozenset(ends), stop or name, put)
+
+    def _put(self) -> tuple[str, str]:
+        """Return the texts of the tokens that the tokenizer puts before any text, and behind it, unless told."""
+        bare, whole = self._ids("x"), tuple(self.tokenizer("x")["input_ids"])
+        start = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), None)
+        if start is None:  # it isn't the same text any more, so nothing of it can be told
+            return "", ""
+        before, behind = whole[:start], whole[start + len(bare) :]
+        first, last = ("".join(map(str, self.tokenizer.convert_ids_to_tokens(list(ids)))) for ids in (before, behind))
+        return first, last
 
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         return self._render(messages, header=True) + self._missing_header

@@ -22,9 +22,10 @@ from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, seed_of
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.choosing import Magpie
+from mergekit_lite.distillation.remarks import ENOUGH, HINT, NEARLY_ALL
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.settings import as_from, hold_settings
-from mergekit_lite.errors import CheckpointError, RunError, counted
+from mergekit_lite.errors import CheckpointError, RunError, counted, one_line
 
 EMPTY, CUT, COLON, REPEATED = "empty", "cut at `max_tokens`", "with a colon at the end", "drawn before"
 
@@ -91,11 +92,13 @@ def _draw(magpie: Magpie, tasks: list[Task], ledger: Ledger[Key], log: Path, rep
     before = template.pre_query(magpie.system)
     for note in template.notes:
         reporter.line(f"{magpie.name}: {note}")
-    if magpie.is_served and not before.text.startswith(before.bos):
-        reporter.warn(
-            f"{magpie.name}: the tokenizer puts {before.bos} before texts, where the chat template has none. Give "
-            "`sampling: {extra_body: {add_special_tokens: false}}`, if the server takes it."
-        )
+    told = (magpie.sampling.extra_body or {}).get("add_special_tokens", True)
+    for token, where in zip(before.lacks, ("before", "behind"), strict=True):
+        if token and magpie.is_served and told:
+            reporter.warn(
+                f"{magpie.name}: the tokenizer puts {one_line(token)} {where} texts, where the chat template has none. "
+                "Give `sampling: {extra_body: {add_special_tokens: false}}`, if the server takes it."
+            )
     # The system prompt is in what the model reads.
     sampling = stopped(magpie.sampling, before, magpie.early_stopping)
     asked = magpie.model_copy(update={"sampling": sampling, "system": None})
@@ -131,6 +134,8 @@ def _kept(magpie: Magpie, domain: str, ledger: Ledger[Key], reporter: Reporter) 
         texts.add(text)
         loaded.add(_prompt(text, domain), f"{ledger.path}:{number}")
     reporter.line(_told(magpie, len(texts), left_out))
+    if magpie.number >= ENOUGH and left_out[REPEATED] >= NEARLY_ALL * magpie.number:
+        reporter.warn(f"{magpie.name}: nearly all draws are alike{f': {HINT}' if magpie.is_served else ''}")
     if not texts:
         raise RunError(f"{magpie.name}: no drawn prompt is left. Look at {ledger.path}.")
     return loaded
@@ -138,11 +143,11 @@ def _kept(magpie: Magpie, domain: str, ledger: Ledger[Key], reporter: Reporter) 
 
 def _unfit(row: dict[str, Any], text: str, texts: set[str]) -> str | None:
     """Return why a prompt is left out; None where it isn't."""
-    if not text:
+    if not any(character.isprintable() and not character.isspace() for character in text):
         return EMPTY
     if row.get("finish") == "length":
         return CUT
-    if text.endswith(":"):  # the authors' filter: what should follow is missing
+    if text.endswith((":", "：")):  # the authors' filter: what should follow is missing
         return COLON
     return REPEATED if text in texts else None
 

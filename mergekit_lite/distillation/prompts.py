@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from mergekit_lite.answers import prompts as data
 from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
-from mergekit_lite.distillation import nearest
 from mergekit_lite.distillation.data.given import add_prompts
+from mergekit_lite.distillation.distinct import distinct_prompts
+from mergekit_lite.distillation.embeddings import with_embeddings, without_embeddings
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.magpie import drawn_prompts
+from mergekit_lite.distillation.nearest import nearest_prompts
 from mergekit_lite.distillation.recipe.checks import unknown_domains
+from mergekit_lite.distillation.recipe.choosing import ChosenPrompts
 from mergekit_lite.distillation.recipe.schema import Recipe, RoundRecipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import hold_parts, prompts_of
@@ -39,17 +43,16 @@ def read(recipe: Recipe, reporter: Reporter, *, plan: bool = False) -> list[Prom
         return prompts_of(recipe, whole)
     loaded, domains = data.LoadedPrompts(), set[str]()
     for entry in recipe.prompts:
-        if entry.magpie is None and entry.nearest is None and entry.systems is None:
+        if not entry.chooses:
             loaded.read(entry)
             continue
         if entry.magpie is not None:
             pool = drawn_prompts(entry.magpie, entry.domain, recipe.folder, recipe.seed, reporter, plan=plan)
         else:
-            pool = nearest.pool_of(with_column(entry))
-        chosen = pool.prompts
-        if entry.nearest is not None:
+            pool = with_embeddings([with_column(entry)], entry.embedding_columns)
+        if entry.distinct is not None or entry.nearest is not None:
             domains |= {prompt.domain for prompt in pool.prompts}
-            chosen = nearest.nearest_prompts(entry, pool, Folder(recipe.folder).embeddings, reporter, plan=plan)
+        chosen = _chosen(entry, pool.prompts, Folder(recipe.folder).embeddings, reporter, plan)
         asked = list(asked_under(entry, chosen, recipe.seed, pool.problems, pool.places))
         loaded.problems += pool.problems
         loaded.repeated += pool.repeated
@@ -66,6 +69,15 @@ def read(recipe: Recipe, reporter: Reporter, *, plan: bool = False) -> list[Prom
         raise UsageError(listing("There is no prompt to ask", loaded.problems or ["the data have no rows"]))
     unknown_domains(recipe, [*(prompt.domain for prompt in loaded.prompts), *sorted(domains)])
     return loaded.prompts
+
+
+def _chosen(entry: ChosenPrompts, pool: list[Prompt], folder: Path, reporter: Reporter, plan: bool) -> Iterator[Prompt]:
+    """Yield those of a source's prompts that its keys choose, without their embeddings."""
+    if entry.distinct is not None:
+        pool = distinct_prompts(entry.distinct, pool, entry.called, folder, reporter, plan=plan)
+    if entry.nearest is not None:
+        pool = nearest_prompts(entry.nearest, pool, entry.called, folder, reporter, plan=plan)
+    yield from (without_embeddings(prompt, entry) for prompt in pool)
 
 
 def settled(recipe: Recipe, reporter: Reporter) -> list[Prompt]:

@@ -124,7 +124,8 @@ def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
         if Path(recipe.target).is_absolute() and not Path(recipe.target).is_dir():
             target = [f"the target: {recipe.target} is no folder"]
         needed += [(f"the source {TARGET}", recipe.target_source)] if recipe.target_source is not None else []
-    embedders = [prompts.nearest.model for prompts in recipe.prompts if prompts.nearest is not None]
+    chosen_by = [keys for prompts in recipe.prompts for keys in (prompts.distinct, prompts.nearest)]
+    embedders = [keys.model for keys in chosen_by if keys is not None]
     return [
         *target,
         *(

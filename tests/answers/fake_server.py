@@ -49,6 +49,7 @@ class Fake:
     refuses: Callable[[dict[str, Any]], str | dict[str, Any] | None] = lambda body: None  # what 400 says to a request
     several: bool = True  # whether it gives `n` answers
     thoughts: Callable[[str], str | None] = lambda text: None
+    reads: Callable[[dict[str, Any]], int | None] = lambda body: None  # tokens of a request, which it tells
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -125,6 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
                     message["reasoning_content"] = thoughts
                 what = {"text": said} if "prompt" in body else {"message": message}
                 choices.append({"index": place, "finish_reason": finish, **what})
+            usage = {"completion_tokens": 3, "total_tokens": 4}
+            if (read := fake.reads(body)) is not None:
+                usage["prompt_tokens"] = read
             reply = json.dumps(
                 {
                     "id": "x",
@@ -132,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "created": 0,
                     "model": body["model"],
                     "choices": choices[::-1],
-                    "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
+                    "usage": usage,
                 }
             ).encode()
             if trouble is None:

@@ -31,7 +31,9 @@ def test_the_text(style: str) -> None:
     tokens = tokenizer(style)
     found = ChatTemplate(tokens).pre_query(None)
     assert found.text == STYLES[style] and tokens.decode(found.tokens) == STYLES[style]
-    assert found.stop == ("[/INST]" if style == "mistral" else "")
+    assert found.stop == {"mistral": "[/INST]", "llama-3": "<|eot_id|>", "gemma": "<end_of_turn>"}.get(
+        style, "<|im_end|>"
+    )
     assert tokens.eos_token_id in found.ends
 
 
@@ -55,12 +57,32 @@ def test_it_is_what_two_conversations_have_in_common(style: str, system: str | N
 def test_a_first_token_that_the_tokenizer_puts_itself() -> None:
     """So that a server, which gets the text without it, reads the same tokens as a model in this process."""
     tokens = tokenizer("llama-3")
-    assert ChatTemplate(tokens).pre_query(None).bos == ""
+    assert ChatTemplate(tokens).pre_query(None).put == ("", "")
     tokens.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokens.bos_token_id)]
     )
     found = ChatTemplate(tokens).pre_query(None)
-    assert found.bos == "<bos>" and tuple(tokens(found.text.removeprefix("<bos>"))["input_ids"]) == found.tokens
+    assert found.put == ("<bos>", "") and found.lacks == ("", "")
+    assert tuple(tokens(found.text.removeprefix("<bos>"))["input_ids"]) == found.tokens
+
+
+@pytest.mark.parametrize("style", ["llama-3", "chatml"])
+def test_other_tokens_that_the_tokenizer_puts(style: str) -> None:
+    """Several of them, none of them its first one, and an end of text: GLM's, and ``add_eos_token``."""
+    tokens = tokenizer(style)
+    special = [(name, tokens.convert_tokens_to_ids(name)) for name in ("<|user|>", "<|end|>", "<eos>")]
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> <|end|> $A <eos>", special_tokens=special
+    )
+    tokens.chat_template = "<|user|><|end|>" + (tokens.chat_template if style == "chatml" else "")
+    if style == "llama-3":  # nothing but what the tokenizer puts stands before the words
+        tokens.chat_template += "{{ messages[0].content }}"
+        with pytest.raises(TemplateError, match="behind others"):
+            ChatTemplate(tokens).pre_query(None)
+        return
+    found = ChatTemplate(tokens).pre_query(None)
+    assert found.put == ("<|user|><|end|>", "<eos>") and found.lacks == ("", "<eos>")
+    assert (*tokens(found.text.removeprefix(found.put[0]))["input_ids"][:-1],) == found.tokens
 
 
 def test_templates_without_a_place_for_the_words() -> None:
@@ -70,8 +92,11 @@ def test_templates_without_a_place_for_the_words() -> None:
         "{{ bos_token }}",
         "{{ messages[0].content }}{{ messages[0].content }}",
         "{{ messages[0].content }}",
+        "{{ bos_token }}{{ messages[0].content }}",
+        "{{ bos_token }}\n{{ messages[0].content }}",
+        "Q: {{ messages[0].content | upper }}",
     ):
-        tokens = tokenizer("chatml")
+        tokens = tokenizer("llama-3")
         tokens.chat_template = template
         with pytest.raises(TemplateError, match="user's words once"):
             ChatTemplate(tokens).pre_query(None)
@@ -95,7 +120,7 @@ def test_a_model_goes_on_up_to_an_end(tmp_path: Path, style: str, early: bool) -
     names = {"chatml": ["<|im_end|>"], "llama-3": ["<|eot_id|>"], "mistral": []}[style]
     ends = {tokens.eos_token_id, model.generation_config.eos_token_id, *tokens.convert_tokens_to_ids(names)}
     ends |= {token for token in ids if token in tokens.added_tokens_decoder}
-    stops = ("zz", *(["\n"] if early else []), *(["[/INST]"] if style == "mistral" else []))
+    stops = ("zz", *(["\n"] if early else []), before.stop)
     text = ""
     while len(made) < 24:
         with torch.no_grad():

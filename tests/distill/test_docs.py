@@ -18,7 +18,7 @@ from mergekit_lite.answers.scoring import scorer
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.preference import OBJECTIVES
-from mergekit_lite.distillation.recipe.choosing import Magpie, Nearest, SftRows
+from mergekit_lite.distillation.recipe.choosing import Distinct, Magpie, Nearest, SftRows
 from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.distillation.recipe.schema import (
     Fuse,
@@ -85,7 +85,7 @@ def test_the_recipe_that_draws_plans(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["distill", "run", str(tmp_path / "magpie.yaml"), "--dry-run", "--json"])
     assert result.exit_code == 0, result.output
     (domain,) = json.loads(result.output)["domains"]
-    assert (domain["domain"], domain["prompts"], domain["sft"]) == ("chat", 100_000, 100_000)
+    assert (domain["domain"], domain["prompts"], domain["sft"]) == ("chat", 100_000, 30_000)
     keys = set(Magpie.model_fields)
     assert first_column("Prompts that a model draws") <= keys
     told = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", section("Prompts that a model draws"), re.MULTILINE))
@@ -202,6 +202,7 @@ def test_the_sources_load(tmp_path: Path) -> None:
         ("Teachers", RecipeTeacher.model_fields),
         ("Rounds", Rounds.model_fields),
         ("Prompts near others", Nearest.model_fields),
+        ("Prompts unlike each other", Distinct.model_fields),
         ("Selecting prompts and rows", SftRows.model_fields),
     ],
 )

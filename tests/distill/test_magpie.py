@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import seed_of
+from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.commands.distill import command
 from mergekit_lite.distillation.prompts import read, settled
 from mergekit_lite.distillation.recipe.schema import Recipe
@@ -28,7 +29,7 @@ from tests.tokenizers import tokenizer
 
 preload("httpx2", "mergekit_lite.answers.local", "transformers.models.llama.modeling_llama")
 
-SAID = (" What is one? ", "", "Solve these:", "What is one?", "What is two?", "  ", "three")
+SAID = (" What is one? ", "", "Solve these:", "What is one?", "What is two?", " \u200b ", "three")
 
 
 def said(body: dict[str, Any]) -> str:
@@ -75,15 +76,15 @@ def test_a_server(tmp_path: Path) -> None:
             "prompt": f"<bos>{turns}",
             "temperature": 1.0,
             "top_p": 1.0,
-            "stop": ["\n"],
+            "stop": ["<|eot_id|>", "\n"],
             "stop_token_ids": ends,
             "max_tokens": 2048,
         }
     drawn = [SAID[seed % len(SAID)].strip() for seed in seeds]
-    kept = list(dict.fromkeys(text for text in drawn if text and not text.endswith(":")))
+    kept = list(dict.fromkeys(text for text in drawn if text not in ("", "\u200b", "Solve these:")))
     assert words(found) == kept and len(kept) == 3
     assert {(prompt.domain, prompt.plain, len(prompt.messages)) for prompt in found} == {("chat", True, 1)}
-    empty, colon = drawn.count(""), drawn.count("Solve these:")
+    empty, colon = drawn.count("") + drawn.count("\u200b"), drawn.count("Solve these:")
     assert heard.lines == [
         f"magpie: 3 of 40 drawn prompts kept; left out: {empty} empty, {colon} with a colon at the end, "
         f"{40 - empty - colon - 3} drawn before"
@@ -144,6 +145,46 @@ def test_a_first_token_that_servers_put(tmp_path: Path) -> None:
             settled(drawing(tmp_path / f"{number}", fake.url, tokenizer=str(tmp_path / name), sampling=sampling), heard)
             assert fake.bodies[-1]["prompt"] == text
             assert ["puts <bos> before texts" in told for told in heard.warnings] == [True] * (name == "without")
+
+
+def test_a_server_that_reads_another_text(tmp_path: Path) -> None:
+    """Some put their own chat template around the text, or a first token: their count of tokens tells."""
+    with fake_server(Fake(reply=said)) as fake:
+        length = len(ChatTemplate(tokenizer("llama-3")).pre_query(None).tokens)
+        for more in (0, 1, 7):
+            fake.reads = lambda body, more=more: length + more  # type: ignore[misc]
+            heard = Heard()
+            settled(drawing(tmp_path / f"{more}", fake.url), heard)
+            told = [warning for warning in heard.warnings if "a chat template of its own around" in warning]
+            assert len(told) == bool(more)
+            assert not more or f"read {length + more} tokens, where {length} stand" in told[0]
+
+
+def test_draws_that_are_all_alike(tmp_path: Path) -> None:
+    with fake_server(Fake(reply=lambda body: "What is it？：" if body["seed"] % 2 else "What is it?")) as fake:
+        heard = Heard()
+        assert words(settled(drawing(tmp_path / "a", fake.url), heard)) == ["What is it?"]
+        assert "with a colon at the end" in heard.lines[0] and not heard.warnings
+        fake.reply = lambda body: "What is it?"
+        assert len(settled(drawing(tmp_path / "b", fake.url), heard)) == 1
+        assert len(heard.warnings) == 1 and "nearly all draws are alike: the server may ignore" in heard.warnings[0]
+
+
+def test_an_end_of_text_that_servers_put(tmp_path: Path) -> None:
+    """It is told, unless the server is told to put nothing: then the whole text is sent."""
+    tokens = tokenizer("llama-3")
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>",
+        special_tokens=[(name, tokens.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")],
+    )
+    tokens.save_pretrained(tmp_path / "ends")
+    with fake_server(Fake(reply=said)) as fake:
+        for number, sampling in enumerate(({}, {"extra_body": {"add_special_tokens": False}})):
+            heard = Heard()
+            keys: dict[str, Any] = {"tokenizer": str(tmp_path / "ends"), "sampling": sampling}
+            settled(drawing(tmp_path / f"{number}", fake.url, **keys), heard)
+            assert ["puts <eos> behind texts" in told for told in heard.warnings] == [True] * (not number)
+            assert fake.bodies[-1]["prompt"].startswith("<bos>") == bool(number)
 
 
 def test_draws_that_can_not_be_used(tmp_path: Path) -> None:

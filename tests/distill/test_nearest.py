@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from mergekit_lite.answers.embedding import Embedder
 from mergekit_lite.answers.rows import Prompt, write_rows
 from mergekit_lite.commands.distill import command
-from mergekit_lite.distillation import nearest
+from mergekit_lite.distillation import embeddings, nearest
 from mergekit_lite.distillation.nearest import places_of_nearest
 from mergekit_lite.distillation.prompts import read, settled
 from mergekit_lite.distillation.recipe.schema import Recipe
@@ -243,7 +243,7 @@ def test_by_a_model_killed_and_resumed(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was embedded is embedded no more, a damaged file is made again, and the prompts are the same."""
-    monkeypatch.setattr(nearest, "TEXTS", 6)
+    monkeypatch.setattr(embeddings, "TEXTS", 6)
     write_data(tmp_path, vectors=False)
     made = near(tmp_path, model=str(models["gpt2"]))
     texts = {

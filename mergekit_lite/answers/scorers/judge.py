@@ -51,21 +51,15 @@ GRADE = re.compile(r"\bgrade(?:[^\w-]|-\s)*" + NUMBER, re.IGNORECASE)
 ALONE = re.compile(r"\W*" + NUMBER + r"\W*")
 
 
-class Options(JudgeOptions):
-    """``prompt`` may use the fields {conversation}, {answer}, {reference}, {lowest} and {highest}."""
+class GradeOptions(JudgeOptions):
+    """The options of judges that give grades."""
 
-    prompt: str = PROMPT
     lowest: float = 1
     highest: float = 10
     times: Positive = 1  # so often each answer is judged, with other seeds; the score is the mean
 
-    @field_validator("prompt")
-    @classmethod
-    def _has_fields(cls, prompt: str) -> str:
-        return with_fields(prompt, FIELDS, {"answer": "the answer"})
-
     @model_validator(mode="after")
-    def _has_scale(self) -> Options:
+    def _has_scale(self) -> GradeOptions:
         if self.lowest >= self.highest:
             raise ValueError(f"lowest is {self.lowest:g}, highest {self.highest:g}: expected a lower and a higher one")
         if self.times > 1 and self.temperature == 0:
@@ -73,11 +67,10 @@ class Options(JudgeOptions):
         return self
 
 
-@scorer("judge", needs={"model": "MODEL", "server": "URL"}, takes=("api_key_variable", "concurrency", "minimise"))
-class Judge(Scorer):
-    """The judge's grade; no score, with the reason, where the judge gives none."""
+class Grader(Scorer):
+    """A judge that gives grades."""
 
-    def __init__(self, settings: ScorerSettings, options: Options):
+    def __init__(self, settings: ScorerSettings, options: GradeOptions):
         self.name = settings.name
         self.settings = settings
         self.options = options
@@ -104,7 +97,31 @@ class Judge(Scorer):
         return [(), *((time,) for time in range(1, self.options.times))]
 
     def _text(self, judged: Judged) -> str:
-        return self.options.prompt.format(
+        """Return what the judge is asked."""
+        raise NotImplementedError
+
+
+class Options(GradeOptions):
+    """``prompt`` may use the fields {conversation}, {answer}, {reference}, {lowest} and {highest}."""
+
+    prompt: str = PROMPT
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_fields(cls, prompt: str) -> str:
+        return with_fields(prompt, FIELDS, {"answer": "the answer"})
+
+
+@scorer("judge", needs={"model": "MODEL", "server": "URL"}, takes=("api_key_variable", "concurrency", "minimise"))
+class Judge(Grader):
+    """The judge's grade; no score, with the reason, where the judge gives none."""
+
+    def __init__(self, settings: ScorerSettings, options: Options):
+        super().__init__(settings, options)
+        self._words = options.prompt
+
+    def _text(self, judged: Judged) -> str:
+        return self._words.format(
             conversation=conversation(judged.prompt),
             answer=judged.answer,
             reference=judged.prompt.reference or "",
@@ -119,7 +136,7 @@ def _mean(grades: Sequence[Score]) -> Score:
     return Score(fmean(values)) if values else grades[0]
 
 
-def grade_in(reply: Reply, options: Options) -> Score:
+def grade_in(reply: Reply, options: GradeOptions) -> Score:
     """Return the last grade after the judge's thoughts; or the whole reply, where it is nothing but a number."""
     said = said_in(reply)
     grades = list(GRADE.finditer(said)) or [match for match in [ALONE.fullmatch(said)] if match]

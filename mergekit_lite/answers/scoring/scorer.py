@@ -117,7 +117,7 @@ class ScorerKind:
     make: Callable[[ScorerSettings, Any], Scorer]  # the class, which raises MergekitLiteError where it can't be opened
     needs: Mapping[str, str] = field(default_factory=dict)  # required settings, each with a word for its value: MODEL
     takes: tuple[str, ...] = ()  # the optional settings that have an effect
-    judges: bool = True  # False: scores come with the data, and new answers get none
+    judges: bool = True  # False: it says nothing of a new answer: scores come with the data, or are of the prompt
     sees_form: bool = False  # whether it gets prompts as the data have them, a text or messages
     read_together: bool = False  # whether the answers of one batch change each other's scores in the last bits
     check: Callable[[ScorerSettings], Iterable[Wrong]] = lambda settings: ()  # yields more mistakes, opening nothing

@@ -22,7 +22,13 @@ from mergekit_lite.distillation.recipe.schema import (
     RecipeSource,
     Train,
 )
-from mergekit_lite.distillation.recipe.selecting import pairing_scorers, selections, wrong_nearest, wrong_origins
+from mergekit_lite.distillation.recipe.selecting import (
+    pairing_scorers,
+    selections,
+    wrong_embedded,
+    wrong_nearest,
+    wrong_origins,
+)
 from mergekit_lite.distillation.recipe.unscored import wrong_systems, wrong_unscored
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
@@ -44,6 +50,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield from wrong_origins(recipe.prompts)
         for number, prompts in enumerate(recipe.prompts):
             yield from wrong_nearest(("prompts", number, "nearest"), prompts.nearest)
+            for key in ("distinct", "nearest"):
+                yield from wrong_embedded(("prompts", number, key), getattr(prompts, key))
             yield from wrong_systems(("prompts", number, "systems"), prompts.systems)
         yield from pairing_problems(recipe)
     if not recipe.train.stages:
@@ -125,7 +133,7 @@ def _report(recipe: Recipe) -> Iterator[Problem]:
             hint = nearest(name, kinds) or f" There are: {', '.join(kinds)}."
             yield Problem(("report", "scores", number), f"no scorer is named {name!r}.{hint}")
         elif not kind_of(kinds[name]).judges:
-            text = f"{name!r} has the scores of the data, and can't judge what the trained models answer"
+            text = f"{name!r} has scores of the data or of prompts, and can't judge what the trained models answer"
             yield Problem(("report", "scores", number), text)
 
 

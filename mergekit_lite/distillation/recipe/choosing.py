@@ -21,18 +21,29 @@ class Choosing(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Nearest(Choosing):
-    """Keeps the prompts that are among the ``k`` nearest of any target prompt, by embeddings."""
+class Embedded(Choosing):
+    """Keys that choose by embeddings."""
 
-    to: tuple[Prompts, ...]  # the target prompts
-    k: Count
     model: str | None = None  # embeds prompts by the mean of its last hidden states: a folder or org/name
-    column: str | None = None  # or the column with the embedding, a list of numbers, in both data
-    distance: Literal["euclidean", "cosine"] = "euclidean"
+    column: str | None = None  # or the column with the embedding, a list of numbers, in all data
     max_length: Count = 512  # tokens of a prompt that the model reads
     batch_size: Count = 16
     device: str | None = None  # by default a GPU if the machine has one
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class Nearest(Embedded):
+    """Keeps the prompts that are among the ``k`` nearest of any target prompt."""
+
+    to: tuple[Prompts, ...]  # the target prompts
+    k: Count
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+
+
+class Distinct(Embedded):
+    """Leaves out prompts that an earlier one is near to."""
+
+    within: Annotated[float, Field(gt=0, le=4)] = 0.05  # squared distance of embeddings of length 1
 
 
 class Systems(Choosing):
@@ -57,8 +68,27 @@ class ChosenPrompts(Prompts):
     """A source of prompts: data, of which some may be chosen, or a model; asked under several system messages."""
 
     magpie: Magpie | None = None  # instead of data
-    nearest: Nearest | None = None
+    distinct: Distinct | None = None
+    nearest: Nearest | None = None  # of those that are distinct
     systems: Systems | None = None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it is more than data that are read as they are."""
+        return any(each is not None for each in (self.magpie, self.distinct, self.nearest, self.systems))
+
+    @property
+    def called(self) -> str:
+        """What it is called in messages."""
+        if self.magpie is not None:
+            return self.magpie.name
+        return self.path.name if self.path else str(self.dataset)
+
+    @property
+    def embedding_columns(self) -> tuple[str, ...]:
+        """The columns that have embeddings, each once."""
+        columns = (keys.column for keys in (self.distinct, self.nearest) if keys is not None)
+        return tuple(dict.fromkeys(column for column in columns if column is not None))
 
 
 class Combined(Choosing):

@@ -86,17 +86,17 @@ def _data(data: tuple[D, ...], folder: Path) -> tuple[D, ...]:
 
 
 def _prompts(prompts: ChosenPrompts, folder: Path) -> ChosenPrompts:
-    nearest, magpie = prompts.nearest, prompts.magpie
-    if magpie is not None:
+    update: dict[str, Any] = {}
+    if (magpie := prompts.magpie) is not None:
         tokenizer = magpie.tokenizer and model_at(magpie.tokenizer, folder)
-        drawing = located(magpie, folder).model_copy(update={"tokenizer": tokenizer})
-        return prompts.model_copy(update={"magpie": drawing})
-    if nearest is None:
-        return prompts
-    model = nearest.model and model_at(nearest.model, folder)
-    return prompts.model_copy(
-        update={"nearest": nearest.model_copy(update={"to": _data(nearest.to, folder), "model": model})}
-    )
+        update["magpie"] = located(magpie, folder).model_copy(update={"tokenizer": tokenizer})
+    if (distinct := prompts.distinct) is not None:
+        model = distinct.model and model_at(distinct.model, folder)
+        update["distinct"] = distinct.model_copy(update={"model": model})
+    if (nearest := prompts.nearest) is not None:
+        model = nearest.model and model_at(nearest.model, folder)
+        update["nearest"] = nearest.model_copy(update={"to": _data(nearest.to, folder), "model": model})
+    return prompts.model_copy(update=update)
 
 
 def _source(source: RecipeSource, folder: Path) -> RecipeSource:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_lite.answers.asked_model import wrong_model
 from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, not_named, one_origin
-from mergekit_lite.distillation.recipe.choosing import ChosenPrompts, Combined, Magpie, Nearest
+from mergekit_lite.distillation.recipe.choosing import ChosenPrompts, Combined, Embedded, Magpie, Nearest
 from mergekit_lite.distillation.recipe.schema import UNSCORED, Pairing, PairingRules, Recipe
 
 COMPARING = ("correct", "options", "gap", "gap_quantiles", "gap_own", "chosen_score")  # keys that as_is doesn't read
@@ -28,10 +28,13 @@ def wrong_origins(entries: Sequence[ChosenPrompts]) -> Iterator[Problem]:
 
 
 def _wrong_magpie(at: KeyPath, entry: ChosenPrompts, magpie: Magpie) -> Iterator[Problem]:
-    for key in sorted(entry.model_fields_set - {"magpie", "domain", "systems"}):
+    for key in sorted(entry.model_fields_set - {"magpie", "domain", "distinct", "nearest", "systems"}):
         yield Problem((*at, key), f"{key!r} has no effect here: the prompts are drawn from a model")
     if entry.systems is not None and entry.systems.column is not None:
         yield Problem((*at, "systems", "column"), "prompts that are drawn have no columns: give `texts`")
+    for key in ("distinct", "nearest"):
+        if (keys := getattr(entry, key)) is not None and keys.column is not None:
+            yield Problem((*at, key, "column"), "prompts that are drawn have no columns: give a `model`")
     at = (*at, "magpie")
     if not magpie.model:
         yield Problem(at, "'magpie' has no 'model'")
@@ -56,11 +59,17 @@ def wrong_nearest(at: KeyPath, nearest: Nearest | None) -> Iterator[Problem]:
         yield Problem((*at, "to"), "'to' is an empty list: name the target prompts")
     for number, targets in enumerate(nearest.to):
         yield from one_origin((*at, "to", number), targets)
-    if (nearest.model is None) == (nearest.column is None):
+
+
+def wrong_embedded(at: KeyPath, keys: Embedded | None) -> Iterator[Problem]:
+    """Yield what is wrong with the embeddings by which ``distinct`` or ``nearest`` of a source of prompts chooses."""
+    if keys is None:
+        return
+    if (keys.model is None) == (keys.column is None):
         yield Problem(at, "embeddings are given by exactly one of 'model' and 'column'")
-    elif nearest.column is not None:
+    elif keys.column is not None:
         for key in ("max_length", "batch_size", "device", "dtype"):
-            if key in nearest.model_fields_set:
+            if key in keys.model_fields_set:
                 yield Problem((*at, key), f"{key!r} has no effect here: it is for a 'model'")
 
 
