@@ -58,6 +58,11 @@ class RayNodes:
         assert self._host.stdout
         return self._host.stdout.readline().strip()
 
+    @property
+    def host(self) -> int:
+        """The process that started the nodes."""
+        return self._host.pid
+
     def kill(self) -> None:
         """Kill all processes of the newest node."""
         assert self._told("kill") == "killed"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergekit_lite.commands.running import takes_ray
+
 if TYPE_CHECKING:
     from mergekit_lite.answers.aggregating.answering import Prepared
     from mergekit_lite.commands.reporter import TerminalReporter
@@ -22,6 +24,7 @@ Examples:
   mergekit-lite answer prompts.jsonl --recipe moa.yml -o answers.jsonl --dry-run
   mergekit-lite answer prompts.jsonl --recipe moa.yml -o answers.jsonl
   mergekit-lite answer prompts.jsonl --recipe moa.yml -o answers.jsonl --rows --skip-missing
+  mergekit-lite answer prompts.jsonl --recipe moa.yml -o answers.jsonl --ray auto
 """,
 )
 @click.argument("prompts", nargs=-1, required=True, type=FILE)
@@ -30,6 +33,7 @@ Examples:
 @click.option("--limit", type=click.IntRange(min=1), help="Most prompts that are answered.")
 @click.option("--rows", is_flag=True, help="Write rows to train an aggregator on as well, NAME.rows.jsonl.")
 @click.option("--skip-missing", is_flag=True, help="Go on without the drafts that a model fails to give.")
+@takes_ray
 @click.option("--dry-run", is_flag=True, help="Print calls and tokens of each model, ask nobody.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
@@ -40,6 +44,7 @@ def command(
     limit: int | None,
     rows: bool,
     skip_missing: bool,
+    ray: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -54,7 +59,7 @@ def command(
     from mergekit_lite.errors import counted
 
     reporter = TerminalReporter(quiet=quiet or as_json)
-    prepared = prepare(prompts, recipe, output, limit=limit, rows=rows)
+    prepared = prepare(prompts, recipe, output, limit=limit, rows=rows, ray=ray)
     for note in prepared.notes:
         reporter.warn(note)
     if dry_run:

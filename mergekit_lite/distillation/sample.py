@@ -22,9 +22,9 @@ from mergekit_lite.answers.asked_model import AskedModel, absent
 from mergekit_lite.answers.asking import Notes, Task, reasons, repeated, urls_of
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
-from mergekit_lite.answers.offline import Offline
 from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, own_systems, read_rows, seed_of
 from mergekit_lite.answers.server import Served, answers_of
+from mergekit_lite.answers.spreading import Crews
 from mergekit_lite.distillation.continuing import digest_of, with_beginnings, with_drafts
 from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
@@ -34,11 +34,7 @@ from mergekit_lite.distillation.remarks import Likeness, remarks
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rounds import take_over
 from mergekit_lite.distillation.settings import as_from, hold_settings
-from mergekit_lite.distillation.spreading import spread
 from mergekit_lite.distillation.tasks import SourceTasks
-from mergekit_lite.engine.buffers import CPU
-from mergekit_lite.engine.ray_cluster import workers_of
-from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.errors import RunError, UsageError, counted, listing
 
 
@@ -71,16 +67,18 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ra
     unfinished = [each for each in planned if each.ledger.missing]
     aggregates = [each for each in unfinished if each.source.aggregate is not None]
     unfinished = [each for each in unfinished if each.source.aggregate is None]
-    missing = _ask_all(recipe, [each for each in unfinished if each.source.continues is None], reporter, ray)
-    missing += _aggregate_all(
-        recipe, [each for each in aggregates if not each.source.drafts], reporter, skip_missing, ray
-    )
-    planned = [each if each.source.continues is None else with_beginnings(recipe, each, planned) for each in planned]
-    continuing = [each for each in planned if each.source.continues is not None and each.ledger.missing]
-    missing += _ask_all(recipe, continuing, reporter, ray)
-    planned = [each if each.source.drafts is None else with_drafts(recipe, each, planned) for each in planned]
-    refining = [each for each in planned if each.source.drafts and each.ledger.missing]
-    missing += _aggregate_all(recipe, refining, reporter, skip_missing, ray)
+    with Crews(ray) as crews:
+        missing = _ask_all(recipe, [each for each in unfinished if each.source.continues is None], reporter, crews)
+        begun = [each for each in aggregates if not each.source.drafts]
+        missing += _aggregate_all(recipe, begun, reporter, skip_missing, crews)
+        planned = [
+            each if each.source.continues is None else with_beginnings(recipe, each, planned) for each in planned
+        ]
+        continuing = [each for each in planned if each.source.continues is not None and each.ledger.missing]
+        missing += _ask_all(recipe, continuing, reporter, crews)
+        planned = [each if each.source.drafts is None else with_drafts(recipe, each, planned) for each in planned]
+        refining = [each for each in planned if each.source.drafts and each.ledger.missing]
+        missing += _aggregate_all(recipe, refining, reporter, skip_missing, crews)
     if missing and not skip_missing:
         raise RunError(
             listing("Answers are missing; all others are kept", missing) + "\nThe same command goes on and asks for "
@@ -199,27 +197,22 @@ def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt
 
 
 def _aggregate_all(
-    recipe: Recipe, asked: Iterable[SourceTasks], reporter: Reporter, skip_missing: bool, ray: str | None
+    recipe: Recipe, asked: Iterable[SourceTasks], reporter: Reporter, skip_missing: bool, crews: Crews
 ) -> list[str]:
     """Have aggregates answer, one after the other."""
-    missing: list[str] = []
-    for each in asked:
-        if ray is not None:
-            reporter.line(f"{each.source.name}: models that answer together are asked from this machine")
-        missing += _aggregate(recipe, each, reporter, skip_missing)
-    return missing
+    return [line for each in asked for line in _aggregate(recipe, each, reporter, skip_missing, crews)]
 
 
-def _ask_all(recipe: Recipe, asked: Sequence[SourceTasks], reporter: Reporter, ray: str | None) -> list[str]:
+def _ask_all(recipe: Recipe, asked: Sequence[SourceTasks], reporter: Reporter, crews: Crews) -> list[str]:
     """Ask servers at the same time, then the models in this process one after the other."""
     behind_servers = [each for each in asked if each.source.server is not None]
     missing: list[str] = []
     for group in (behind_servers, *([each] for each in asked if each.source.server is None)):
-        missing += _ask(recipe, group, reporter, ray)
+        missing += _ask(recipe, group, reporter, crews)
     return missing
 
 
-def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: str | None = None) -> list[str]:
+def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, crews: Crews) -> list[str]:
     """Ask one source in this process, or all servers. Returns a message for each source that answers are missing of."""
     planned = {each.source.name: each for each in group}
     likeness = {each.source.name: Likeness(each.source, each.tasks, each.ledger.missing) for each in group}
@@ -234,10 +227,7 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: 
             advance[name] = stack.enter_context(reporter.progress(name, total, total - len(each.ledger.missing)))
             stack.callback(each.ledger.close)
         notes = Notes(respondents, reporter.warn)
-        crew = None
-        if any(_is_spread(who) for who in respondents.values()):
-            crew = stack.enter_context(_crew(ray, group[0].source))
-        with closing(_answers([(respondents[each.source.name], each) for each in group], crew)) as answers:
+        with closing(_answers([(respondents[each.source.name], each) for each in group], crews)) as answers:
             for answer in answers:
                 planned[answer.source].ledger.append([answer.as_row()])
                 advance[answer.source](1)
@@ -255,24 +245,12 @@ def tell_systems(asked: SourceTasks, reporter: Reporter) -> None:
         reporter.line(f"{asked.source.name}: {said}")
 
 
-def _crew(ray: str | None, source: RecipeSource) -> AbstractContextManager[Cluster | None]:
-    """Return the context of the workers that load a source's model: with a GPU each where it names such a device."""
-    return workers_of(ray, CPU if source.device in (None, CPU) else "cuda", threads=1)
-
-
-def _is_spread(who: Served | Local) -> bool:
-    """Whether a cluster's workers can answer: vLLM has workers of its own, a server has none."""
-    return isinstance(who, Local) and not isinstance(who, Offline)
-
-
-def _answers(group: Sequence[tuple[Served | Local, SourceTasks]], crew: Cluster | None) -> Generator[Answer]:
-    wanted = [(who, each.tasks, frozenset(each.ledger.missing)) for who, each in group]
-    for who, tasks, missing in wanted:
-        if crew is not None and isinstance(who, Local):
-            yield from spread(crew, who, tasks, missing)
-        elif isinstance(who, Local):
-            yield from who.answers(tasks, missing)
-    yield from answers_of([(who, tasks, missing) for who, tasks, missing in wanted if isinstance(who, Served)])
+def _answers(group: Sequence[tuple[Served | Local, SourceTasks]], crews: Crews) -> Generator[Answer]:
+    wanted = [(who, each, frozenset(each.ledger.missing)) for who, each in group]
+    for who, each, missing in wanted:
+        if isinstance(who, Local):
+            yield from crews.answers(who, each.source.device, each.tasks, missing)
+    yield from answers_of([(who, each.tasks, missing) for who, each, missing in wanted if isinstance(who, Served)])
 
 
 def _failures(recipe: Recipe, asked: SourceTasks, who: Served | Local, reporter: Reporter) -> Iterator[str]:
@@ -290,7 +268,7 @@ def _failures(recipe: Recipe, asked: SourceTasks, who: Served | Local, reporter:
         yield message
 
 
-def _aggregate(recipe: Recipe, asked: SourceTasks, reporter: Reporter, skip_missing: bool) -> list[str]:
+def _aggregate(recipe: Recipe, asked: SourceTasks, reporter: Reporter, skip_missing: bool, crews: Crews) -> list[str]:
     """Have the models of an aggregate answer together. Returns a message for what is missing."""
     source, folder = asked.source, Folder(recipe.folder)
     assert source.aggregate is not None
@@ -309,6 +287,7 @@ def _aggregate(recipe: Recipe, asked: SourceTasks, reporter: Reporter, skip_miss
         name=source.name,
         skip_missing=skip_missing,
         begin=begin,
+        crews=crews,
     )
     if asked.lost:
         found.missing.append(

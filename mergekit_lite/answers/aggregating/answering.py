@@ -26,6 +26,7 @@ from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.respondents import respondent
 from mergekit_lite.answers.rows import Prompt, seed_of, write_rows
 from mergekit_lite.answers.server import Served
+from mergekit_lite.answers.spreading import Crews, check_ray
 from mergekit_lite.answers.thoughts import is_cut
 from mergekit_lite.errors import RunError, UsageError, counted, listing
 from mergekit_lite.options import named_options
@@ -52,7 +53,8 @@ class Prepared:
     recipe: AnswerRecipe
     output: Path  # of the answers, as JSON Lines
     tasks: tuple[Task, ...]
-    notes: tuple[str, ...]  # rows of the prompts that were left out
+    notes: tuple[str, ...]  # rows of the prompts that were left out, an option without effect
+    ray: str | None = None  # the cluster that models of this process are spread over
 
     @property
     def prompts(self) -> int:
@@ -98,6 +100,7 @@ def answer(
     limit: int | None = None,
     rows: bool = False,
     skip_missing: bool = False,
+    ray: str | None = None,
     reports: Reports | None = None,
 ) -> Answered:
     """Answer prompts by several models together: MoA, Self-MoA, Archon, as a recipe says.
@@ -109,6 +112,8 @@ def answer(
         limit: most prompts that are answered.
         rows: write ``NAME.rows.jsonl`` as well, on which a model can learn to aggregate (AFT).
         skip_missing: go on without drafts that a model fails to give, and without prompts that can't be answered.
+        ray: have models that answer in this process answer on the machines of a Ray cluster instead: ``auto``,
+            ``HOST:PORT`` or ``local:N``.
         reports: gets results, warnings and progress; by default nothing is shown.
 
     Raises:
@@ -116,12 +121,18 @@ def answer(
         RunError: answers are missing. All replies are kept, and the same call goes on.
     """
     files = [prompts] if isinstance(prompts, str | Path) else prompts
-    prepared = prepare([Path(file) for file in files], Path(recipe), Path(output), limit=limit, rows=rows)
+    prepared = prepare([Path(file) for file in files], Path(recipe), Path(output), limit=limit, rows=rows, ray=ray)
     return carry_out(prepared, reports or Untold(), rows=rows, skip_missing=skip_missing)
 
 
 def prepare(
-    prompts: Sequence[Path], recipe: Path, output: Path, *, limit: int | None = None, rows: bool = False
+    prompts: Sequence[Path],
+    recipe: Path,
+    output: Path,
+    *,
+    limit: int | None = None,
+    rows: bool = False,
+    ray: str | None = None,
 ) -> Prepared:
     """Check everything that needs no model. Raises UsageError with every problem, or RecipeError with the recipe's."""
     loaded, asked = load(recipe), load_prompts(Prompts(path=path) for path in prompts)
@@ -132,8 +143,14 @@ def prepare(
     )
     repeated = f"{counted(asked.repeated, 'prompt')} asked before, answered once"
     notes = [*(f"left out: {problem}" for problem in asked.problems), *[repeated] * bool(asked.repeated)]
-    prepared = Prepared(loaded, output, tasks, tuple(notes))
-    problems = [f"the model {model.name}: {why}" for model in loaded.models if (why := absent(model))]
+    problems: list[str] = []
+    if ray is not None:
+        try:
+            notes += filter(None, [check_ray(ray, loaded.models)])
+        except UsageError as error:
+            problems.append(str(error))
+    prepared = Prepared(loaded, output, tasks, tuple(notes), ray)
+    problems += [f"the model {model.name}: {why}" for model in loaded.models if (why := absent(model))]
     if output.suffix != ".jsonl":
         problems.append(f"{output}: answers are JSON Lines, in a file that ends in .jsonl")
     elif not _is_begun(prepared):
@@ -162,7 +179,17 @@ def carry_out(prepared: Prepared, reports: Reports, *, rows: bool = False, skip_
         return respondent(model, model.model, prepared.log(model))
 
     recipe = prepared.recipe
-    found = run(recipe, prepared.tasks, prepared.steps, opened, reports, name=recipe.name, skip_missing=skip_missing)
+    with Crews(prepared.ray) as crews:
+        found = run(
+            recipe,
+            prepared.tasks,
+            prepared.steps,
+            opened,
+            reports,
+            name=recipe.name,
+            skip_missing=skip_missing,
+            crews=crews,
+        )
     if found.stopped:
         raise RunError(
             listing("Replies are missing; all others are kept", found.missing) + "\nThe same command goes on and asks "

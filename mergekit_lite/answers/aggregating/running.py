@@ -24,6 +24,7 @@ from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.rows import Answer, Fields, Key
 from mergekit_lite.answers.server import Served, answers_of
+from mergekit_lite.answers.spreading import Crews
 from mergekit_lite.errors import counted
 
 REPLY: Fields = {"call": str, "text": str, "finish": str}
@@ -83,6 +84,7 @@ def run(
     name: str,
     skip_missing: bool = False,
     begin: Mapping[Key, Drafts] | None = None,
+    crews: Crews,
 ) -> Aggregation:
     """Answer every task.
 
@@ -96,6 +98,7 @@ def run(
         skip_missing: go on with the drafts that are there, and without the prompts that lack a judgement or all drafts.
             Without it the run ends with the first layer that lacks anything.
         begin: the drafts before the first layer, by the tasks' keys.
+        crews: what models of this process are spread over.
 
     Raises:
         RunError: a server can't be started, or another process writes the ledger.
@@ -104,7 +107,7 @@ def run(
     models = digests(aggregate, path.parent)
     found = Aggregation([Item(task, models, (begin or {}).get(task.key, ())) for task in tasks])
     ledger = ledger_of(path)
-    running = _Running(aggregate, ledger, opened, reports, found, skip_missing)
+    running = _Running(aggregate, ledger, opened, reports, found, skip_missing, crews)
     try:
         for number, steps in enumerate(aggregate.layers, 1):
             running.title = f"{name}, layer {number} of {len(aggregate.layers)}"
@@ -135,6 +138,7 @@ class _Running:
     reports: Reports
     found: Aggregation
     skip_missing: bool
+    crews: Crews
     title: str = ""  # of the layer, for messages
 
     def through(self, steps: Sequence[Step]) -> bool:
@@ -204,7 +208,7 @@ class _Running:
                 what = f"{self.title}: {calls[name][0].call.step} by {name}"
                 advance[name] = stack.enter_context(self.reports.progress(what, total, total - missing))
             notes = Notes(who, self.reports.warn)
-            with closing(_answers(who, calls, wanted)) as answers:
+            with closing(self._answers(who, calls, wanted)) as answers:
                 for answer in answers:
                     self.ledger.append([_row(where[answer.prompt], answer)])
                     self.found.asked[answer.source] += 1
@@ -219,6 +223,22 @@ class _Running:
                 lost[name].update({key.prompt: why for key, why in each.failures.lost.items()})
                 if each.failures.stopped:
                     lost[name].update(dict.fromkeys([asked.key for asked in wanted[name]], each.failures.stopped))
+
+    def _answers(
+        self,
+        who: Mapping[str, Served | Local],
+        calls: Mapping[str, Sequence[Asked]],
+        wanted: Mapping[str, Sequence[Asked]],
+    ) -> Generator[Answer]:
+        """Yield replies as they come. A model in this process is given all calls, so its batches are ever the same."""
+        served: list[tuple[Served, list[Task], frozenset[Key]]] = []
+        for name, each in who.items():
+            tasks, missing = [call.task for call in calls[name]], frozenset(call.task.key for call in wanted[name])
+            if isinstance(each, Local):
+                yield from self.crews.answers(each, self.aggregate.by_name[name].device, tasks, missing)
+            else:
+                served.append((each, tasks, missing))
+        yield from answers_of(served)
 
     def _lacking(
         self,
@@ -254,20 +274,6 @@ def _next(item: Item, running: Asking[Drafts], replies: list[Reply | None] | Non
         item.lost = str(lost)
         return []
     return [Asked(item, call, item.task_of(call)) for call in calls]
-
-
-def _answers(
-    who: Mapping[str, Served | Local], calls: Mapping[str, Sequence[Asked]], wanted: Mapping[str, Sequence[Asked]]
-) -> Generator[Answer]:
-    """Yield replies as they come. A model in this process is given all calls, so that its batches are ever the same."""
-    served: list[tuple[Served, list[Task], frozenset[Key]]] = []
-    for name, each in who.items():
-        tasks, missing = [call.task for call in calls[name]], frozenset(call.task.key for call in wanted[name])
-        if isinstance(each, Local):
-            yield from each.answers(tasks, missing)
-        else:
-            served.append((each, tasks, missing))
-    yield from answers_of(served)
 
 
 def _row(asked: Asked, answer: Answer) -> dict[str, Any]:
