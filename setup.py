@@ -37,18 +37,30 @@ class PlainLibrary(build_ext):
         return ext.export_symbols
 
 
+OF_THE_PAGE = [
+    str(folder)
+    for folder in sorted(Path("recipes").iterdir())
+    if folder.name not in ("moe", "answer") and any(folder.glob("*.yml"))
+]  # those that merge takes
+
+
 class WithRecipes(build_py):
-    """Puts the recipes of the methods beside the page that offers them (commands/app/tabs/recipe.py)."""
+    """Puts the recipes that merge takes beside the page that offers them (commands/app/tabs/recipe.py)."""
 
     def get_source_files(self):
         """Return what a source package holds of this: the recipes, too."""
-        return [*super().get_source_files(), *map(str, sorted(Path("recipes/methods").glob("*.yml")))]
+        recipes = [str(path) for folder in OF_THE_PAGE for path in sorted(Path(folder).glob("*.yml"))]
+        return [*super().get_source_files(), *recipes]
 
     def run(self):
         """Copy the package, then the recipes; a checkout that is installed as it is has them already."""
         super().run()
         if not self.editable_mode:
-            self.copy_tree("recipes/methods", str(Path(self.build_lib, "mergekit_lite", "commands", "app", "recipes")))
+            for folder in OF_THE_PAGE:
+                place = Path(self.build_lib, "mergekit_lite", "commands", "app", folder)
+                place.mkdir(parents=True, exist_ok=True)
+                for path in Path(folder).glob("*.yml"):
+                    self.copy_file(str(path), str(place / path.name))
 
 
 class AnyPythonWheel(bdist_wheel):

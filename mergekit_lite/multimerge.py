@@ -253,12 +253,12 @@ def plan_documents_again(
             try:
                 plan = asked if why else _fused(asked, document.uses, again)
             except NotMadeError as error:
-                why.append(f"{_called(document)}: {error}")
+                why.append(f"{called(document)}: {error}")
                 plan = asked
             if is_last:
                 return PlannedAgain(own, None if why else plan, "; ".join(why))
             if reason := why_not_made(plan, device):
-                why.append(f"{_called(document)} {reason}")
+                why.append(f"{called(document)} {reason}")
             as_made[document.name] = lay(document.name, own)
             again[document.name] = as_made[document.name]._replace(plan=plan)
     raise AssertionError("a recipe has a document")
@@ -292,9 +292,9 @@ def make_plan_of(
                    if Path(name).exists()]  # fmt: skip
         return replace(plan, notes=(*plan.notes, *folders))
     except PlanError as error:
-        raise PlanError([f"{_called(document)}: {problem}" for problem in error.problems]) from error
+        raise PlanError([f"{called(document)}: {problem}" for problem in error.problems]) from error
     except CheckpointError as error:
-        raise CheckpointError(f"{_called(document)}: {error}{''.join(_misspelt(document, documents))}") from error
+        raise CheckpointError(f"{called(document)}: {error}{''.join(_misspelt(document, documents))}") from error
 
 
 def _misspelt(document: Document, documents: Sequence[Document]) -> Iterator[str]:
@@ -381,7 +381,8 @@ def _outputs(documents: Sequence[Document], output: str) -> dict[str, OutputPath
     return {each.name: output_path(output.replace("{name}", each.name)) for each in wanted}
 
 
-def _called(document: Document) -> str:
+def called(document: Document) -> str:
+    """Return how messages name a document: by its name, or by its line."""
     return f"Document {document.name!r}" if document.name else f"The document of line {document.at.line}"
 
 

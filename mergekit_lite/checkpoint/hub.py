@@ -15,6 +15,7 @@ from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats
 from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, IN_FOLDERS, TOKENIZER, matches, travels
 from mergekit_lite.checkpoint.parts import in_folder, listed_folders, model_parts, surveyed, weighted_folders
+from mergekit_lite.checkpoint.stores.addresses import hub_url
 from mergekit_lite.errors import CheckpointError, listing, nearest
 from mergekit_lite.input_files import parse_json, read_text
 from mergekit_lite.plain_text import is_plain_line
@@ -105,6 +106,8 @@ def metadata(reference: str, url: str) -> tuple[int, str]:
 def _asking(reference: str, repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:
         refusal = _refusal(reference, repo, revision, error)
         raise CheckpointError(refusal or f"{reference}: {_trouble(error)}, and this model is read from it.") from error
@@ -121,28 +124,43 @@ def _named(reference: str) -> tuple[str, str | None]:
     return match["repo"], match["revision"]
 
 
+def needed(reference: str) -> tuple[str, dict[str, int]]:
+    """Return a repository's commit, and the files of it that ``fetch`` downloads of a model, with their bytes.
+
+    An index of weights is downloaded for that. Raises CheckpointError as ``fetch``, where the hub can't be asked too.
+    """
+    repo, commit, files = listed(reference)
+    with _asking(reference, *_named(reference)):
+        wanted = _wanted(repo, commit, set(files), adapter=False)
+    told = {name: files[name] or metadata(reference, hub_url(repo, commit, name)) for name in wanted}
+    return commit, {name: size for name, (size, _) in sorted(told.items())}
+
+
 def _downloaded(repo: str, revision: str | None, adapter: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(repo, revision=revision)
     # The client shows names while it downloads: those that a terminal would obey are no names.
-    listed = {file.rfilename for file in info.siblings or () if is_plain_line(file.rfilename)}
-    if adapter:
-        small = [name for name in listed if matches(name, ADAPTER_FILES)]
-        wanted = [folders.adapter_weights(repo, listed), *small]
-    elif folders.ADAPTER_CONFIG in listed and "config.json" not in listed:
-        raise CheckpointError(
-            f"{repo}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{repo}"
-        )
-    else:
-        inner = listed_folders(repo, listed, lambda name: _content(repo, info.sha, name))
-        weights = [_weights(repo, info.sha, listed, folder) for folder in weighted_folders(repo, listed, inner)]
-        wanted = [name for name in listed if name in WRITTEN_ANEW or travels(name, inner)]
-        wanted += [name for files in weights for name in files]
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
+    names = {file.rfilename for file in info.siblings or () if is_plain_line(file.rfilename)}
+    wanted = [glob.escape(name) for name in _wanted(repo, info.sha, names, adapter)]
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     if folder.name != info.sha:
         raise CheckpointError(f"{repo}: was changed on the hub while it was fetched. Run again.")
     return folder
+
+
+def _wanted(repo: str, commit: str | None, names: set[str], adapter: bool) -> list[str]:
+    """Return what of a repository's files a model, or an adapter, needs."""
+    if adapter:
+        return [folders.adapter_weights(repo, names), *(name for name in names if matches(name, ADAPTER_FILES))]
+    if folders.ADAPTER_CONFIG in names and "config.json" not in names:
+        raise CheckpointError(
+            f"{repo}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{repo}"
+        )
+    inner = listed_folders(repo, names, lambda name: _content(repo, commit, name))
+    weights = [_weights(repo, commit, names, folder) for folder in weighted_folders(repo, names, inner)]
+    small = [name for name in names if name in WRITTEN_ANEW or travels(name, inner)]
+    return [*small, *(name for files in weights for name in files)]
 
 
 def _content(repo: str, commit: str | None, name: str) -> object:

@@ -42,7 +42,7 @@ def show_plans(steps: Sequence[Step], screen: Screen, *, as_json: bool, **option
         click.echo(json.dumps({"documents": plans, **in_all}, indent=1))
         return
     for number, (step, prediction) in enumerate(zip(steps, predictions, strict=True)):
-        screen.lines([*[""] * bool(number), _heading(step)])
+        screen.lines([*[""] * bool(number), heading(step)])
         screen.plan(step.plan, prediction.workers if prediction is not None else threads, devices, prediction)
         screen.missing(step.plan)
     if told is not None and len(told.predictions) > 1:
@@ -65,12 +65,12 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
         return
 
     def announce(step: Step, plan: Plan) -> None:
-        screen.note(_heading(step))
+        screen.note(heading(step))
         screen.headline(plan)
 
     for step in steps:
         if step.is_fused:
-            screen.note(_heading(step))
+            screen.note(heading(step))
             for note in step.plan.notes:
                 screen.warn(note)
     made = []
@@ -79,7 +79,7 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
         options: RunOptions = {**run_options, "progress": progress, "processes": running.PROCESSES, "ray": crew}
         for step, finished in merge_documents(steps, keep=keep, starting=announce, **options):
             if finished is None:
-                screen.note(f"{_heading(step)}: is there already")
+                screen.note(f"{heading(step)}: is there already")
                 continue
             if not view.as_json:
                 screen.finished(step.plan, finished)
@@ -93,7 +93,8 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
         screen.note("".join(f"kept for the next run: {folder}" for folder in folders))
 
 
-def _heading(step: Step) -> str:
+def heading(step: Step) -> str:
+    """Return what a document is called, and that it is written nowhere where that is so."""
     called = f"Document {step.name!r}" if step.name else "The last document"
     return f"{called}: made while the next one reads it, and written nowhere" if step.is_fused else called
 

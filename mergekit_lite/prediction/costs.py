@@ -90,12 +90,14 @@ class Costs:
     Attributes:
         kinds: of each job; None for scales, which are made with their codes.
         of_kind: the cost of each.
-        importing: seconds that torch's import took, where it is needed.
+        importing: seconds that torch's import took, where it is needed; none where it had been imported before.
+        needs_torch: whether it is.
     """
 
     kinds: list[Hashable]
     of_kind: dict[Hashable, Cost]
     importing: float
+    needs_torch: bool = False
 
 
 def measured_costs(plan: Plan) -> Costs:
@@ -126,7 +128,7 @@ def measured_costs(plan: Plan) -> Costs:
         writer = SpanWriter(plan, BLOCK)
         costs = {kind: _cost(plan, of_kind[kind], writer, reader) for kind in chosen}
     rare = dict.fromkeys(common[MOST_KINDS:], costs[chosen[-1]] if chosen else Cost(()))
-    return Costs(kinds, costs | rare, importing)
+    return Costs(kinds, costs | rare, importing, torch_needed)
 
 
 def _outputs(plan: Plan, job: Job) -> range:

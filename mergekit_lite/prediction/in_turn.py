@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit_lite.planning import Plan
 from mergekit_lite.prediction.cluster import Cluster
+from mergekit_lite.prediction.costs import Costs, measured_costs
 from mergekit_lite.prediction.prediction import FITS, Prediction, predict
 
 
@@ -42,7 +43,11 @@ class InTurn:
 
 
 def predict_in_turn(
-    plans: Sequence[Plan], cluster: Cluster, workers: int | None = None, started: float | None = None
+    plans: Sequence[Plan],
+    cluster: Cluster,
+    workers: int | None = None,
+    started: float | None = None,
+    costs_of: Callable[[Plan], Costs] = measured_costs,
 ) -> InTurn:
     """Predict plans that are carried out in their order: later ones may read what earlier ones read, or write.
 
@@ -51,12 +56,13 @@ def predict_in_turn(
         cluster: as in ``predict``.
         workers: as in ``predict``.
         started: as in ``predict``, for all of them.
+        costs_of: gives what the jobs of a plan cost.
     """
     told: list[Prediction] = []
     before: set[Path] = set()
     stay = sum(plan.bytes_to_read + plan.bytes_to_write for plan in plans) <= FITS * cluster.free_memory
     for plan in plans:
-        told.append(predict(plan, cluster, workers, 0.0 if told else started, before=before))
+        told.append(predict(plan, cluster, workers, 0.0 if told else started, costs_of(plan), before))
         if stay:
             before |= {file.path for source in plan.inputs for file in source.files_read}
     return InTurn(tuple(told))

@@ -55,7 +55,7 @@ def test_a_sound_recipe_is_planned(places: Places) -> None:
     [
         ("weight: 0.5, density: [", "weigth: 0.5, density: [", 5, "Did you mean 'weight'?"),
         ("./math", "./maht", 4, "Did you mean './math'?"),
-        ("./code", "org/code", 6, "hf download org/code"),
+        ("./code", "org/code", 6, "what its download takes"),
         ("ties", "teis", 1, "Did you mean 'ties'?"),
         ("0.7]", "0.7", 5, "not YAML"),
     ],

@@ -30,10 +30,11 @@ def command(root: Path, port: int) -> None:
     """Open a page for this machine's browser: look at models, write a recipe and see its plan, run it.
 
     The page is served on 127.0.0.1 alone. It runs the commands that it shows, with ROOT as their folder. Models come
-    from below ROOT and from the cache of the hub; nothing is downloaded.
+    from below ROOT and from the cache of the hub; the hub is asked where a button says so.
     """
     if os.name != "posix":
         raise UsageError("The page needs Linux or macOS: runs are followed by locks that only these have.")
+    online = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: it reads this once
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.chdir(root)  # references of a recipe are taken from here, as the commands take them
@@ -41,4 +42,4 @@ def command(root: Path, port: int) -> None:
         from mergekit_lite.commands.app.serving import serve
     except ImportError as error:
         raise UsageError(f'{error.name} is not here: pip install "mergekit-lite[app]".') from None
-    serve(Path.cwd(), port)
+    serve(Path.cwd(), port, online)

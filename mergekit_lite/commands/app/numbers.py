@@ -16,7 +16,10 @@ RANGES = {"weight": (-1.0, 2.0), "density": (0.0, 1.0), "alpha": (0.0, 1.0), "t"
 
 
 class Number(NamedTuple):
-    """One number of a recipe: what it is, its value, where it stands, and how it is written there."""
+    """One number of a recipe: what it is, its value, where it stands, and how it is written there.
+
+    ``gradient`` is the place of the list that it is in, if it is a point of one.
+    """
 
     label: str
     value: float
@@ -24,6 +27,7 @@ class Number(NamedTuple):
     written: str
     least: float
     most: float
+    gradient: Mark | None = None
 
 
 def numbers(tree: Node | None) -> list[Number]:
@@ -43,22 +47,25 @@ def with_number(text: str, number: Number, value: float) -> str:
     return "".join(lines)
 
 
-def _numbers(node: Node, key: str, model: str) -> Iterator[Number]:
-    """Yield the numbers below a node that has a key, in the entry of a model."""
+def _numbers(node: Node, key: str, whose: str) -> Iterator[Number]:
+    """Yield the numbers below a node that has a key, in the entry of a model or for the tensors of a filter."""
     if isinstance(node, Fields):
-        named = [value.text for name, value in node.entries if name.text == "model" and isinstance(value, Scalar)]
+        told = {name.text: value.text for name, value in node.entries if isinstance(value, Scalar)}
+        inner_whose = f" of {told['model']}" if "model" in told else whose
+        inner_whose += f" in {told['filter']}" if "filter" in told else ""
         for name, value in node.entries:
             inner = key if key in RANGES and name.text == "value" else name.text
-            yield from _numbers(value, inner, named[0] if named else model)
+            yield from _numbers(value, inner, inner_whose)
     elif isinstance(node, Items):
         for count, item in enumerate(node.items, 1):
-            for number in _numbers(item, key, model):
-                place = f" ({count} of {len(node.items)} along the layers)" if isinstance(item, Scalar) else ""
-                yield number._replace(label=number.label + place)
+            for number in _numbers(item, key, whose):
+                if isinstance(item, Scalar):
+                    place = f" ({count} of {len(node.items)} along the layers)"
+                    number = number._replace(label=number.label + place, gradient=node.at)
+                yield number
     elif key in RANGES and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         stands = float(node.value)
         least, most = RANGES[key]
-        of = f" of {model}" if model else ""
         yield Number(
-            f"{key}{of}, line {node.at.line}", stands, node.at, node.text, min(least, stands), max(most, stands)
+            f"{key}{whose}, line {node.at.line}", stands, node.at, node.text, min(least, stands), max(most, stands)
         )

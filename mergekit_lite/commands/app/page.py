@@ -9,6 +9,7 @@ import gradio as gr
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.runs import Runs
 from mergekit_lite.commands.app.tabs.models import models_tab
+from mergekit_lite.commands.app.tabs.parts import Online
 from mergekit_lite.commands.app.tabs.recipe import recipe_tab
 from mergekit_lite.commands.app.tabs.run import run_tab
 from mergekit_lite.pages.html import element
@@ -17,16 +18,16 @@ THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
-def page(places: Places) -> gr.Blocks:
-    """Return the page for the models in some places."""
-    runs = Runs(places.root)
+def page(places: Places, online: Online) -> gr.Blocks:
+    """Return the page for the models in some places; some commands of it are ``online``."""
+    runs = Runs(places.root, online)
     blocks = gr.Blocks(title="mergekit-lite", analytics_enabled=False, fill_width=False)
     with blocks:
         gr.HTML(element("h1", "mergekit-lite"))
         with gr.Tab("Models"):
-            models_tab(places)
-        with gr.Tab("Recipe", id="recipe"):
-            text = recipe_tab(blocks, places, runs)
+            names = models_tab(places, online)
+        with gr.Tab("Recipe", id="recipe") as tab:
+            text = recipe_tab([blocks.load, tab.select], places, runs, names)
         with gr.Tab("Run"):
-            run_tab(places, runs, text)
+            run_tab(places, runs, text, online)
     return blocks

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_lite.errors import UsageError, nearest
+from mergekit_lite.checkpoint import hub
+from mergekit_lite.errors import CheckpointError, UsageError, nearest
+from mergekit_lite.recipe.documents import document_in
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar
 
 DEPTH = 3  # folders below the root in which models are looked for
@@ -63,31 +65,67 @@ class Places:
 
         Sums and other references of several parts are left to what opens them.
         """
+        if self.is_of_hub(reference):
+            if self.is_kept(reference):
+                return ""
+            said = f"{reference!r} is no folder here, and the hub's cache has not all of it"
+            remedy = "the tab Models tells what its download takes, and the tab Run reads it by range"
+            return f"{said}: {remedy}.{nearest(reference, self.models())}"
         if re.search("[+:@]", reference) or (self.root / reference).exists():
             return ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith("."):
-            kept = self.cache / f"models--{reference.replace('/', '--')}"
-            download = f"the page downloads nothing: hf download {reference}"
-            said = f"{reference!r} is no folder here and not in the hub's cache; {download}"
-            return "" if kept.is_dir() else f"{said}.{nearest(reference, self.models())}"
         return f"there is no model {reference!r} below {self.root}.{nearest(reference, self.models())}"
 
-    def problems(self, tree: Node) -> Iterator[Remark]:
-        """Yield every text of a recipe that would lead out, and every model that is missing, at its place."""
+    def is_of_hub(self, reference: str) -> bool:
+        """Whether a reference names a repository of the hub, and nothing below the root."""
+        return hub.is_repository(reference) and not (self.root / reference).exists()
+
+    def is_kept(self, reference: str) -> bool:
+        """Whether the hub's cache has all that is needed of a repository."""
+        folder = self.cache / f"models--{reference.partition('@')[0].replace('/', '--')}"
+        if not folder.is_dir():
+            return False
+        try:
+            hub.fetch(reference)  # which asks nobody: the page is offline
+        except CheckpointError:
+            return False
+        return True
+
+    def of_hub(self, tree: Node) -> Iterator[str]:
+        """Yield the models of a recipe that are repositories of the hub, and not kept here."""
+        if isinstance(tree, Fields):
+            for key, value in tree.entries:
+                name = value.value if key.text in MODELS and isinstance(value, Scalar) else None
+                if isinstance(name, str) and self.is_of_hub(name) and not self.is_kept(name):
+                    yield name
+                yield from self.of_hub(value)
+        elif isinstance(tree, Items):
+            for item in tree.items:
+                yield from self.of_hub(item)
+
+    def problems(self, tree: Node, names: Collection[str] = (), *, streamed: bool = False) -> Iterator[Remark]:
+        """Yield every text of a recipe that would lead out, and every model that is missing, at its place.
+
+        A model may be the result of a document of the recipe: ``names`` are those. Where models are ``streamed``, none
+        of the hub is missing.
+        """
         if isinstance(tree, Scalar) and isinstance(tree.value, str):
             if why := self.refusal(tree.value):
                 yield Remark(tree.at, why)
         elif isinstance(tree, Items):
             for item in tree.items:
-                yield from self.problems(item)
+                yield from self.problems(item, names, streamed=streamed)
         elif isinstance(tree, Fields):
             for key, value in tree.entries:
                 if key.text == "chat_template":  # a name or the text itself, never a path
                     continue
-                found = list(self.problems(value))
+                found = list(self.problems(value, names, streamed=streamed))
                 yield from found
                 name = value.value if key.text in MODELS and isinstance(value, Scalar) else None
-                if isinstance(name, str) and not found and (why := self.missing(name)):
+                if not isinstance(name, str) or found or document_in(name, names):
+                    continue
+                if streamed and self.is_of_hub(name):
+                    continue
+                if why := self.missing(name):
                     yield Remark(value.at, why)
 
     def output(self, name: str) -> str:

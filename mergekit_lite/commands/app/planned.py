@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.documents import heading
 from mergekit_lite.commands.groups import groups
 from mergekit_lite.commands.units import size
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import MergekitLiteError, PlanError, counted
+from mergekit_lite.multimerge import Step, called, plan_documents
 from mergekit_lite.output.companions import what_is_missing
 from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.planning.delta_check import delta_warning
-from mergekit_lite.recipe import RecipeError, lasting_text, parse
-from mergekit_lite.yaml_document import Node, Remark, read_documents
+from mergekit_lite.recipe import RecipeError, lasting_text
+from mergekit_lite.recipe.documents import Document, document_in, final, parse_documents
+from mergekit_lite.yaml_document import Fields, Items, Node, Scalar, read_documents
 
 MOST_GROUPS = 40  # rows of the table that the page shows
 SOURCE = "The recipe"  # what messages call the text
@@ -23,59 +26,130 @@ SOURCE = "The recipe"  # what messages call the text
 
 @dataclass(frozen=True)
 class Planned:
-    """What became of a text: a plan, or problems, each with its line or None.
+    """What became of a text: the plans of its documents, or problems, each with its line or None.
 
-    ``tree`` is the text as YAML, where it is a single document.
+    ``tree`` is the text as YAML, where it is that; ``warning`` is of the delta of a single document.
     """
 
     text: str
-    plan: Plan | None = None
+    steps: tuple[Step, ...] = ()
     problems: tuple[tuple[int | None, str], ...] = ()
     tree: Node | None = None
-    notes: tuple[str, ...] = field(default=())
+    warning: str | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the document that is made last; None where there are problems."""
+        return self.steps[-1].plan if self.steps else None
+
+    @property
+    def outputs(self) -> list[str]:
+        """The names of the folders that are made in the end."""
+        return [str(step.output) for step in self.steps if step.is_final]
 
 
 def planned(text: str, output: str, places: Places) -> Planned:
-    """Plan a recipe's text as ``mergekit-lite merge`` does, unless it would read what lies outside of the places."""
+    """Plan a recipe's text as ``mergekit-lite merge`` does, unless it would read what lies outside of the places.
+
+    Where several models are made, the output's name is the beginning of theirs; see ``output_of``.
+    """
     tree: Node | None = None
+    documents: tuple[Document, ...] = ()
     try:
-        documents = read_documents(text, SOURCE)
-        if len(documents) != 1:
-            raise RecipeError(
-                SOURCE, [Remark(documents[1].at, "the page takes one document; the command takes several")]
-            )
-        (tree,) = documents
-        if problems := list(places.problems(tree)):
-            raise RecipeError(SOURCE, problems)
-        recipe = parse(text, SOURCE)
-        plan = make_plan(recipe, [output], text=lasting_text(recipe, text))
-        for path, _, _ in plan.input_files:
-            if why := places.refusal(path):
-                raise PlanError([why])
+        tree = _tree(read_documents(text, SOURCE))
+        documents = _sound(tree, text, places)
+        steps = _steps(documents, output_of(documents, output), text)
+        if leading_out := [why for path in _read(steps) if (why := places.refusal(path))]:
+            raise PlanError(leading_out)
     except RecipeError as error:
         return Planned(text, problems=tuple((each.at.line, each.text) for each in error.problems), tree=tree)
     except PlanError as error:
-        return Planned(text, problems=tuple((None, each) for each in error.problems), tree=tree)
+        return Planned(text, problems=tuple((_line(each, documents), each) for each in error.problems), tree=tree)
     except MergekitLiteError as error:
-        return Planned(text, problems=((None, str(error)),), tree=tree)
-    warning = delta_warning(plan)
-    return Planned(text, plan, tree=tree, notes=(*plan.notes, *([warning] if warning else [])))
+        return Planned(text, problems=((_line(str(error), documents), str(error)),), tree=tree)
+    return Planned(text, steps, tree=tree, warning=delta_warning(steps[0].plan) if len(steps) == 1 else None)
+
+
+def output_of(documents: Sequence[Document], name: str) -> str:
+    """Return what ``-o`` is given: a name, with that of the document behind it where several are made in the end."""
+    return name if len(final(documents)) == 1 else f"{name}-{{name}}"
 
 
 def tree_of(text: str) -> Node | None:
-    """Return a text as YAML; None where it is none, or several documents."""
+    """Return a text as YAML, several documents as a list of them; None where it is none."""
     try:
-        documents = read_documents(text, SOURCE)
+        return _tree(read_documents(text, SOURCE))
     except MergekitLiteError:
         return None
-    return documents[0] if len(documents) == 1 else None
+
+
+def _tree(documents: list[Node]) -> Node:
+    return documents[0] if len(documents) == 1 else Items(tuple(documents), documents[0].at)
+
+
+def checked(text: str, places: Places) -> tuple[Document, ...]:
+    """Return the documents of a recipe whose models of the hub are read by range. Raises RecipeError."""
+    return _sound(_tree(read_documents(text, SOURCE)), text, places, streamed=True)
+
+
+def _sound(tree: Node, text: str, places: Places, *, streamed: bool = False) -> tuple[Document, ...]:
+    """Return a text's documents. Raises RecipeError with all that is wrong with them, or leads out."""
+    problems = list(places.problems(tree, _names(tree), streamed=streamed))
+    documents: tuple[Document, ...] = ()
+    try:
+        documents = parse_documents(text, SOURCE)
+    except RecipeError as error:
+        problems += error.problems
+    if problems:
+        raise RecipeError(SOURCE, problems)
+    return documents
+
+
+def _names(tree: Node) -> set[str]:
+    """Return the names of documents; none of a single one, which nothing else can be made of."""
+    fields = [each for each in tree.items if isinstance(each, Fields)] if isinstance(tree, Items) else []
+    entries = [entry for each in fields for entry in each.entries]
+    return {value.text for key, value in entries if key.text == "name" and isinstance(value, Scalar)}
+
+
+def _steps(documents: Sequence[Document], output: str, text: str) -> tuple[Step, ...]:
+    if len(documents) > 1:
+        return plan_documents(documents, output)
+    (document,) = documents
+    plan = make_plan(document.recipe, [output], text=lasting_text(document.recipe, text))
+    return (Step(document, plan.outputs[0], is_final=True, is_fused=False, plan=plan),)
+
+
+def _read(steps: Sequence[Step]) -> Iterator[str]:
+    """Yield the files that are read of models which no document makes."""
+    for step in steps:
+        for source in step.plan.inputs:
+            if not document_in(source.reference, step.document.uses):
+                yield from (str(file.path) for file in source.files_read)
+
+
+def _line(problem: str, documents: Sequence[Document]) -> int | None:
+    """Return the line of the document that a problem names; None where it names none."""
+    return next((each.at.line for each in documents if problem.startswith(f"{called(each)}: ")), None)
 
 
 def shown(result: Planned) -> Markup:
     """Return a plan, or what is wrong, as HTML."""
-    if result.plan is None:
+    if not result.steps:
         return element("div", *_problems(result), class_="problems", role="status")
-    return element("div", *_plan(result.plan, result.notes), class_="plan", role="status")
+    parts = [element("p", "As recipe.yml: ", element("code", "mergekit-lite plan recipe.yml"))]
+    for step in result.steps:
+        if len(result.steps) > 1:
+            parts.append(element("h3", heading(step)))
+        parts += _plan(step.plan)
+    if result.warning:
+        parts.append(warning(result.warning))
+    return element("div", *parts, class_="plan", role="status")
+
+
+def warning(text: str) -> Markup:
+    """Return something to be warned of."""
+    return element("p", f"⚠ {text}", class_="warning")
 
 
 def _problems(result: Planned) -> Iterator[Markup]:
@@ -91,7 +165,7 @@ def _problems(result: Planned) -> Iterator[Markup]:
     yield element("ul", *items)
 
 
-def _plan(plan: Plan, notes: Sequence[str]) -> Iterator[Markup]:
+def _plan(plan: Plan) -> Iterator[Markup]:
     files = counted(len(plan.layout.files), "file")
     yield element(
         "p",
@@ -99,9 +173,7 @@ def _plan(plan: Plan, notes: Sequence[str]) -> Iterator[Markup]:
         f"{size(memory_estimate(plan, None))} of memory.",
         class_="sound",
     )
-    yield element("p", "As recipe.yml: ", element("code", "mergekit-lite plan recipe.yml"))
-    for note in filter(None, (*notes, what_is_missing(plan))):
-        yield element("p", f"⚠ {note}", class_="warning")
+    yield from map(warning, filter(None, (*plan.notes, what_is_missing(plan))))
     found = groups(plan)
     rows = [
         (f"{group.tensors:,}", size(group.nbytes), group.dtype, f"{group.what}\nfor example {group.example}")

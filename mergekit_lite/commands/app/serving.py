@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -16,10 +17,11 @@ from mergekit_lite.commands.app.places import Places, hub_cache
 from mergekit_lite.errors import UsageError
 
 
-def serve(root: Path, port: int) -> None:
+def serve(root: Path, port: int, online: Mapping[str, str]) -> None:
     """Serve the page for a root, the process's folder, until it is interrupted.
 
-    Raises UsageError where the port is taken.
+    ``online``: variables with which a command may ask the hub, as this process may not. Raises UsageError where the
+    port is taken.
     """
     with socket.socket() as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -27,7 +29,7 @@ def serve(root: Path, port: int) -> None:
             tried.bind((ADDRESS, port))
         except OSError as error:
             raise UsageError(f"Port {port} can't be had: {error.strerror}. Choose another one with --port.") from None
-    blocks = page(Places(root, hub_cache()))
+    blocks = page(Places(root, hub_cache()), online)
     app = gradio.mount_gradio_app(
         FastAPI(openapi_url=None), blocks, path="/", server_name=ADDRESS, server_port=port, footer_links=[],
         max_file_size=MOST_BYTES, ssr_mode=False, enable_monitoring=False, show_error=False, pwa=False,

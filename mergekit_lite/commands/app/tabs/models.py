@@ -8,12 +8,13 @@ from tempfile import TemporaryDirectory
 import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.tabs.parts import asked, listed, on, refusal
+from mergekit_lite.commands.app.tabs.hub import hub_part
+from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
 from mergekit_lite.pages.html import Markup, element
 
 
-def models_tab(places: Places) -> None:
-    """Lay out the tab."""
+def models_tab(places: Places, online: Online) -> gr.Textbox:
+    """Lay out the tab, and return the field for names of models of the hub."""
     chosen = gr.Dropdown(
         places.models(), multiselect=True, label="Models", info="For a comparison, the base first", elem_id="models"
     )
@@ -22,6 +23,7 @@ def models_tab(places: Places) -> None:
         compare = gr.Button("Compare", variant="primary", elem_id="compare")
         refresh = gr.Button("Look again", elem_id="refresh")
     told = gr.HTML(elem_id="told")
+    names = hub_part(places, online)
 
     def inspected(names: list[str]) -> Markup:
         return listed([asked(places, ["inspect", name], [name]) for name in names], "Choose a model.")
@@ -41,3 +43,4 @@ def models_tab(places: Places) -> None:
     on(inspect.click, inspected, chosen, told)
     on(compare.click, compared, chosen, told)
     on(refresh.click, lambda: gr.Dropdown(choices=places.models()), None, chosen)
+    return names

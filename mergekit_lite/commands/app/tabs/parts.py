@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from mergekit_lite.commands.app.places import Places
@@ -10,18 +11,26 @@ from mergekit_lite.commands.app.runs import ask, shown_command
 from mergekit_lite.errors import MergekitLiteError
 from mergekit_lite.pages.html import Markup, element
 
+Online = Mapping[str, str]  # variables of commands that may ask the hub, before those of this process, which may not
+
 
 def on(event: Callable[..., Any], function: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
     """Bind a function of the page alone, which no other program may call by its name."""
     return event(function, inputs, outputs, api_visibility="private", **options)
 
 
-def asked(places: Places, arguments: list[str], references: list[str], more: list[str] | None = None) -> Markup:
+def asked(
+    places: Places,
+    arguments: list[str],
+    references: list[str],
+    more: list[str] | None = None,
+    environment: Online = MappingProxyType({}),
+) -> Markup:
     """Return what a command says, under the command itself."""
     if problems := [why for reference in references if (why := places.refusal(reference))]:
         return refusal("\n".join(problems))
     try:
-        said = ask(places.root, [*arguments, *(more or [])])
+        said = ask(places.root, [*arguments, *(more or [])], environment=environment)
     except MergekitLiteError as error:
         said = str(error)
     return element("div", element("code", shown_command(arguments)), element("pre", said, tabindex="0"))

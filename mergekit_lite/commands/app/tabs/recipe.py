@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from time import thread_time
 from typing import Any
 
 import gradio as gr
 
+from mergekit_lite.commands.app.curves import curves
 from mergekit_lite.commands.app.numbers import numbers, with_number
+from mergekit_lite.commands.app.pace import Pace
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import Planned, planned, shown, tree_of
 from mergekit_lite.commands.app.runs import Runs
-from mergekit_lite.commands.app.tabs.parts import listed, on, refusal
-from mergekit_lite.commands.prediction import headline, not_predicted, predicted
+from mergekit_lite.commands.app.tabs.parts import listed, on
 from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.yaml_document import text_of
 
 SLIDERS = 12  # numbers of a recipe that can be moved; the others are changed in the text
+OTHERS = ("moe", "answer")  # folders of recipes that are for other commands
 MARKED_LINES = 100  # of a recipe: of longer ones the editor has not all lines in the page
 PLAIN = re.compile(r"[\w./-]+")  # names that YAML takes as they are
 FIRST = """\
@@ -32,16 +35,22 @@ models:
 
 
 def templates() -> dict[str, Path]:
-    """Return the recipes that the package travels with, one for each method; those of the checkout where it is one."""
+    """Return the recipes that ``merge`` takes by what they are called: those of the package, or of its checkout."""
     package = Path(__file__).parents[3]
-    folders = (Path(__file__).parents[1] / "recipes", package.parent / "recipes" / "methods")
+    folders = (Path(__file__).parents[1] / "recipes", package.parent / "recipes")
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yml"))}
+    found = [] if folder is None else [path for path in folder.glob("*/*.yml") if path.parent.name not in OTHERS]
+    named = {f"{path.parent.name}/{path.stem}": path for path in found}
+    return dict(sorted(named.items(), key=lambda each: (not each[0].startswith("methods/"), each[0])))
 
 
-def recipe_tab(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
-    """Lay out the tab, and return its editor."""
+def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, names: gr.Textbox) -> gr.Code:
+    """Lay out the tab, and return its editor.
+
+    Events by which it is ``opened`` plan anew. Into ``names`` go the models that only the hub has.
+    """
     known = templates()
+    pace = Pace(places)
     template = gr.Dropdown(list(known), value=None, label="Start from a template", elem_id="template")
     with gr.Row(elem_classes="columns"):
         with gr.Column(min_width=300):
@@ -54,15 +63,17 @@ def recipe_tab(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
                 wrap_lines=True,
                 buttons=["copy"],
             )
+            drawn = gr.HTML(elem_id="curves")
             sliders = [gr.Slider(0, 1, visible=False, interactive=True) for _ in range(SLIDERS)]
         with gr.Column(min_width=300):
             told = gr.HTML(elem_id="plan")
             time = gr.HTML(elem_id="time")
-            predict = gr.Button("How long would it take?", elem_id="predict")
 
     def replanned(written: str) -> list[Any]:
         result = planned(written, "merged", places)
-        return [listed([shown(result), _marks(result)]), "", *_moved(result)]
+        missing = [] if result.plan is not None or result.tree is None else dict.fromkeys(places.of_hub(result.tree))
+        wanted = " ".join(missing) if missing else gr.skip()
+        return [listed([shown(result), _marks(result)]), "", wanted, curves(result), *_moved(result)]
 
     def moved(number: int) -> Callable[[str, float], str]:
         def change(written: str, value: float) -> str:
@@ -71,20 +82,19 @@ def recipe_tab(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
 
         return change
 
-    def timed(written: str) -> Markup:
-        plan = planned(written, "merged", places).plan
-        if plan is None:
-            return refusal("There is no plan yet.")
-        prediction = predicted(plan)
-        return element("p", headline(prediction) if prediction else not_predicted(plan) or "It can't be told here.")
+    def timed(written: str) -> Markup | str:
+        started = thread_time()
+        result = planned(written, "merged", places)
+        return element("p", pace.told(result.steps, thread_time() - started)) if result.steps else ""
 
     quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
-    # One event for both: of two, the plan of the text that was there first might come last.
-    gr.on([text.change, blocks.load], replanned, text, [told, time, *sliders], api_visibility="private", **quick)
+    # One event for all: of two, the plan of the text that was there first might come last.
+    shows = [told, time, names, drawn, *sliders]
+    plan = gr.on([text.change, *opened], replanned, text, shows, api_visibility="private", **quick)
+    on(plan.then, timed, text, time, show_progress="hidden")
     for number, slider in enumerate(sliders):
         on(slider.input, moved(number), [text, slider], text, **quick)
     on(template.input, lambda name: known[name].read_text(encoding="utf-8"), template, text)
-    on(predict.click, timed, text, time)
     return text
 
 

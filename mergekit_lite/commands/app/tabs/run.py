@@ -7,22 +7,26 @@ from typing import Any
 import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.planned import planned, shown
+from mergekit_lite.commands.app.planned import checked, output_of, planned, shown
 from mergekit_lite.commands.app.runs import Runs, State, shown_command
-from mergekit_lite.commands.app.tabs.parts import asked, on, refusal
+from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
+from mergekit_lite.commands.app.tabs.push import push_part
 from mergekit_lite.engine.run import check_outputs
-from mergekit_lite.errors import MergekitLiteError
+from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.input_files import read_text
 from mergekit_lite.pages.html import Markup, element
+from mergekit_lite.recipe.documents import final
 
 MOST_CARD = 200_000  # bytes of an output's card that is shown
 TICK = 1.0  # seconds between two looks at a run
 
 
-def run_tab(places: Places, runs: Runs, text: gr.Code) -> None:
+def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online) -> None:
     """Lay out the tab."""
     output = gr.Textbox("merged", label="Name of the output", info=f"A folder in {places.root}", elem_id="output")
+    streamed = gr.Checkbox(label="Read models of the hub by range (--stream): none is stored", elem_id="stream")
     with gr.Row():
+        plan = gr.Button("Plan by range", visible=False, elem_id="plan-stream")
         start = gr.Button("Run", variant="primary", elem_id="run")
         stop = gr.Button("Stop", variant="stop", elem_id="stop")
         resume = gr.Button("Resume", elem_id="resume")
@@ -37,16 +41,31 @@ def run_tab(places: Places, runs: Runs, text: gr.Code) -> None:
         usable = (state.kind != "running", state.kind == "running", state.kind == "stopped", state.kind == "done")
         return [_state(places, state), *(gr.Button(interactive=each) for each in usable)]
 
-    def started(written: str, name: str) -> list[Any]:
-        result = None
+    def started(written: str, name: str, by_range: bool) -> list[Any]:
+        wrong: Markup | str = ""
         try:
-            result = planned(written, places.output(name), places)
-            if result.plan is not None:
-                check_outputs(result.plan)
-                runs.start(written, name)
+            if by_range:
+                _start_streamed(written, places.output(name), places, runs)
+            else:
+                result = planned(written, places.output(name), places)
+                if result.steps:
+                    for step in result.steps:
+                        if step.is_final:
+                            check_outputs(step.plan)
+                    runs.start(written, name, result.outputs)
+                else:
+                    wrong = shown(result)
         except MergekitLiteError as error:
-            return [refusal(str(error)), "", *look()]
-        return ["" if result.plan is not None else shown(result), "", *look()]
+            wrong = refusal(str(error))
+        return [wrong, "", *look()]
+
+    def planned_by_range(written: str) -> Markup:
+        try:
+            checked(written, places)
+            file = runs.keep(written)
+        except MergekitLiteError as error:
+            return refusal(str(error))
+        return asked(places, ["plan", file, "--stream"], [], environment=online)
 
     def resumed() -> list[Any]:
         try:
@@ -60,14 +79,26 @@ def run_tab(places: Places, runs: Runs, text: gr.Code) -> None:
         return look()
 
     def verified() -> Markup:
-        state = runs.state()
-        return asked(places, ["verify", state.output], [state.output])
+        return listed([asked(places, ["verify", output], [output]) for output in runs.state().outputs])
 
-    on(start.click, started, [text, output], [refused, verdict, *now])
+    on(start.click, started, [text, output, streamed], [refused, verdict, *now])
     on(resume.click, resumed, None, [refused, *now])
     on(stop.click, stopped, None, now)
     on(verify.click, verified, None, verdict)
+    on(streamed.input, lambda given: gr.Button(visible=given), streamed, plan)
+    on(plan.click, planned_by_range, text, refused)
     on(gr.Timer(TICK).tick, look, None, now, show_progress="hidden")
+    push_part(places, runs, online)
+
+
+def _start_streamed(written: str, name: str, places: Places, runs: Runs) -> None:
+    """Start a run that reads models of the hub by range: only its process may ask the hub, so it plans it, too."""
+    documents = checked(written, places)
+    given = output_of(documents, name)
+    outputs = [given.replace("{name}", each.name) for each in final(documents)]
+    if there := [each for each in outputs if (places.root / each).exists()]:
+        raise UsageError(f"{', '.join(there)}: exists. Choose another name.")
+    runs.start(written, name, outputs, streamed=True)
 
 
 def _state(places: Places, state: State) -> Markup:
@@ -83,9 +114,9 @@ def _state(places: Places, state: State) -> Markup:
     parts.append(element("code", shown_command(list(state.arguments))))
     if state.said:
         parts.append(element("pre", state.said, tabindex="0"))
-    card = places.root / state.output / "README.md"
-    if state.kind == "done" and card.is_file() and places.may_read(card):
-        parts.append(
-            element("details", element("summary", "Card"), element("pre", read_text(card, MOST_CARD), tabindex="0"))
-        )
+    for output in state.outputs:
+        card = places.root / output / "README.md"
+        if state.kind == "done" and card.is_file() and places.may_read(card):
+            written = element("pre", read_text(card, MOST_CARD), tabindex="0")
+            parts.append(element("details", element("summary", f"Card of {output}"), written))
     return element("div", *parts, class_=state.kind)

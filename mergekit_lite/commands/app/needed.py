@@ -1,0 +1,19 @@
+"""A program that asks the hub what the downloads of models would take, and prints it as JSON: it downloads none."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from mergekit_lite.checkpoint.hub import needed
+from mergekit_lite.errors import MergekitLiteError
+
+if __name__ == "__main__":
+    told: dict[str, object] = {}
+    for reference in sys.argv[1:]:
+        try:
+            commit, files = needed(reference)
+            told[reference] = {"commit": commit, "files": files}
+        except MergekitLiteError as error:
+            told[reference] = {"error": str(error)}
+    print(json.dumps(told))
