@@ -168,7 +168,7 @@ def _samples(result: Result, study: Study, asked: Mapping[str, str]) -> Iterator
         if item in asked:
             yield _verbatim("asked", asked[item])
         for name, rows in shown.items():
-            yield _verbatim(f"{name}{_scores(result, rows[item])}", rows[item]["text"])
+            yield _verbatim(f"{name}{scored(result, rows[item])}", rows[item]["text"])
 
 
 def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
@@ -183,7 +183,8 @@ def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
     return params
 
 
-def _scores(result: Result, row: ItemRow) -> str:
+def scored(result: Result, row: ItemRow) -> str:
+    """Return the scores of an answer as the end of its heading."""
     signs = {name: -1 if name in result.settings.minimised else 1 for name in row["values"]}
     values = [f"{name} {signs[name] * value:.4g}" for name, value in row["values"].items() if value is not None]
     cut = ["cut at the limit"] if row.get("finish") == "length" else []

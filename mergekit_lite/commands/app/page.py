@@ -8,6 +8,7 @@ import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.runs import Runs
+from mergekit_lite.commands.app.tabs.choose import choose_tab
 from mergekit_lite.commands.app.tabs.models import models_tab
 from mergekit_lite.commands.app.tabs.recipe import recipe_tab
 from mergekit_lite.commands.app.tabs.run import run_tab
@@ -29,4 +30,6 @@ def page(places: Places) -> gr.Blocks:
             text = recipe_tab(blocks, places, runs)
         with gr.Tab("Run"):
             run_tab(places, runs, text)
+        with gr.Tab("Choose"):
+            choose_tab(places)
     return blocks

@@ -2,7 +2,7 @@
 
 A run outlives the page's server. It holds a lock from its start to its end, of whatever kind that is, so a server that
 is started later knows whether it goes on. What the server knows of a run lies in one folder in the root: the recipe,
-what was asked for, and what the command said.
+what was asked for, and what the command said; of each kind of run the latest.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,72 +73,108 @@ class State:
     said: str = ""
 
 
-class Runs:
-    """The latest run in a root."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of runs.
 
-    def __init__(self, root: Path) -> None:
+    Attributes:
+        name: of the files with what the server knows of it.
+        stands: tells from the root and what is known of a run that doesn't go on how it stands: ``done``, ``stopped``
+            (it can be resumed) or ``failed`` (it can't).
+        resuming: what is added to the command where it goes on.
+        apart: whether what it prints as its result is kept apart from what it says, in ``NAME.out``.
+    """
+
+    name: str
+    stands: Callable[[Path, State], str]
+    resuming: tuple[str, ...] = ()
+    apart: bool = False
+
+
+def _merge_stands(root: Path, state: State) -> str:
+    if (root / state.output).exists():
+        return "done"
+    return "stopped" if (root / f".{state.output}.partial").exists() else "failed"
+
+
+MERGE = Kind("run", _merge_stands, ("--resume",))
+_STARTING = threading.Lock()  # held while a run is started or looked for: looking takes the run's lock for a moment
+
+
+class Runs:
+    """The latest run of a kind in a root; of all kinds together one goes on at a time."""
+
+    def __init__(self, root: Path, kind: Kind = MERGE) -> None:
         """Look at what a server before left in ``root``."""
         self.root = root
         self.folder = root / FOLDER
-        self._starting = threading.Lock()
+        self.kind = kind
 
     def start(self, text: str, output: str) -> None:
         """Merge as a recipe's text says. Raises UsageError where a run goes on already."""
-        recipe = f"{FOLDER}/{output}.yml"
-        self._launch(["merge", recipe, "-o", output], output, text)
+        recipe = f"{output}.yml"
+        self.launch(["merge", f"{FOLDER}/{recipe}", "-o", output], output, {recipe: text})
 
     def resume(self) -> None:
         """Go on with the latest run. Raises UsageError where it goes on already, or nothing is left of it."""
         state = self.state()
         if state.kind != "stopped":
             raise UsageError("There is no run that was stopped.")
-        arguments = [each for each in state.arguments if each != "--resume"]
-        self._launch([*arguments, "--resume"], state.output)
+        arguments = [each for each in state.arguments if each not in self.kind.resuming]
+        self.launch([*arguments, *self.kind.resuming], state.output)
 
     def stop(self) -> None:
         """Interrupt the run, as Ctrl-C does, if one goes on."""
         process = self._record().get("process")
-        if process and self._is_locked():
+        if process and self._goes_on():
             with suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGINT)
 
     def state(self) -> State:
         """Return how the latest run stands."""
-        goes_on = self._is_locked()
+        goes_on = self._goes_on()
         record = self._record()
         if not record:
             return State("none")
-        output, arguments = record["output"], tuple(record["arguments"])
         said, share, progress = self._said()
+        state = State("running", record["output"], tuple(record["arguments"]), share, progress, said)
         if goes_on:
-            return State("running", output, arguments, share, progress, said)
-        if (self.root / output).exists():
-            return State("done", output, arguments, 1.0, "", said)
-        unfinished = (self.root / f".{output}.partial").exists()
-        return State("stopped" if unfinished else "failed", output, arguments, share, "", said)
+            return state
+        kind = self.kind.stands(self.root, state)
+        return replace(state, kind=kind, share=1.0 if kind == "done" else share, progress="")
 
-    def _launch(self, arguments: list[str], output: str, text: str | None = None) -> None:
-        """Start a command with the lock in its hands, after the recipe's text was written if there is one."""
-        with self._starting:
+    def launch(self, arguments: list[str], output: str, files: Mapping[str, str] | None = None) -> None:
+        """Start a command with the lock in its hands, after some files were written into the page's folder.
+
+        Raises:
+            UsageError: a run goes on, of whatever kind.
+        """
+        with _STARTING:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             lock = self._lock()
             if lock is None:
                 raise UsageError("A run goes on: wait for its end, or stop it.")
             try:
-                if text is not None:
-                    (self.folder / f"{output}.yml").write_text(text, encoding="utf-8", newline="")
-                with (self.folder / "said").open("wb") as said:
+                for name, text in (files or {}).items():
+                    (self.folder / name).write_text(text, encoding="utf-8", newline="")
+                out_file = self._file("out").open("wb") if self.kind.apart else nullcontext()
+                with self._file("said").open("wb") as said, out_file as out:
                     process = subprocess.Popen(
-                        [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stdout=said,
-                        stderr=subprocess.STDOUT, pass_fds=[lock], start_new_session=True,
+                        [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stderr=said,
+                        stdout=out or said, pass_fds=[lock], start_new_session=True,
                     )  # fmt: skip
                 record = {"arguments": arguments, "output": output, "process": process.pid}
-                new = self.folder / "run.json.new"
+                new = self._file("json.new")
                 new.write_text(json.dumps(record), encoding="utf-8")
-                new.replace(self.folder / "run.json")
+                new.replace(self._file("json"))
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, self.kind.name.encode(), 0)
             finally:
                 os.close(lock)  # the process has it
             threading.Thread(target=process.wait, daemon=True).start()  # so that it doesn't stay as a zombie
+
+    def _file(self, ending: str) -> Path:
+        return self.folder / f"{self.kind.name}.{ending}"
 
     def _lock(self, kind: int = fcntl.LOCK_EX) -> int | None:
         """Return the open file of the lock, held; None where a run holds it."""
@@ -149,23 +186,25 @@ class Runs:
             return None
         return lock
 
-    def _is_locked(self) -> bool:
+    def _goes_on(self) -> bool:
+        """Whether a run goes on, and is of this kind."""
         if not self.folder.is_dir():
             return False
-        with self._starting:
+        with _STARTING:
             lock = self._lock(fcntl.LOCK_SH)
-        if lock is not None:
-            os.close(lock)
-        return lock is None
+            if lock is None:
+                return read_text(self.folder / "lock", MOST_SAID) == self.kind.name
+        os.close(lock)
+        return False
 
     def _record(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
+        path = self._file("json")
         record: dict[str, Any] = json.loads(read_text(path, MOST_SAID)) if path.exists() else {}
         return record
 
     def _said(self) -> tuple[str, float | None, str]:
         """Return what the command said without its progress, and the last of that as a share and in words."""
-        path = self.folder / "said"
+        path = self._file("said")
         whole = path.read_bytes()[-MOST_SAID:].decode("utf-8", "replace") if path.exists() else ""
         lines, share, progress = [], None, ""
         for line in plain(whole).splitlines():
