@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.boosting import report
+from mergekit_lite.boosting import record, report
 from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.family import RecipeFamily
 from mergekit_lite.boosting.description import described
@@ -52,7 +52,7 @@ class Boosted:
         """Return all figures, and the path of the output."""
         finished = self.finished
         return {
-            **report.as_json(self.result, self.about),
+            **record.as_json(self.result, self.about),
             "output": str(finished.outputs[0]) if finished is not None else None,
             "effective": finished.reports[0].effective if finished is not None else None,
             "page": str(self.page),
@@ -125,8 +125,10 @@ def search_and_write(
     ):
         settings = replace(prepared.settings, minimised=_minimised(prepared, evaluator))
         test = partial(null_tests, prepared.scores, prepared.prompts, request.folder)
-        result = choice.boost(prepared.searcher, evaluator, study, settings, measured, test, team)
         about = described(prepared)
+        record.write_items(request.folder, study.items, evaluator.asked)
+        so_far = partial(record.write_so_far, request.folder, about=about)
+        result = choice.boost(prepared.searcher, evaluator, study, settings, measured, test, team, so_far)
         page = report.write(result, study, about, evaluator.asked)
     if result.chosen is None:
         return Boosted(result, page, about, None)

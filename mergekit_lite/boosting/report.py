@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from mergekit_lite._version import __version__
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import write_text
 from mergekit_lite.answers.traits import HEADS, Reasons
-from mergekit_lite.boosting import curve
+from mergekit_lite.boosting import curve, record
 from mergekit_lite.boosting.candidates.candidate import ItemRow, label
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.guards import Guards
@@ -25,7 +22,7 @@ from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot
 
 SAMPLES = 4  # items with answers side by side
 SHOWN = 4000  # characters of an answer
-VERSION = 1  # of boost.json
+PAGE = "report.html"
 
 
 def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Path:
@@ -49,41 +46,12 @@ def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping
     drawing.save(figure, study.folder / "curve.png")
     best = result.picked or highest(result)
     reasons = None if best is None else why(best.params, study.items, study, result.settings)
-    whole = as_json(result, about) | {"reasons": plain(reasons)}
-    figures = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(study.folder / "boost.json", f"{figures}\n")
-    page = study.folder / "report.html"
+    whole = record.as_json(result, about) | {"reasons": plain(reasons)}
+    page = study.folder / PAGE
     title = f"Boost: {label(result.chosen)}" if result.chosen is not None else "Boost: no candidate helps"
     write_text(page, document(title, _sections(result, study, about, asked, reasons)))
+    record.write_ended(study.folder, whole)
     return page
-
-
-def as_json(result: Result, about: Mapping[str, str]) -> dict[str, Any]:
-    """Return all figures; those that are infinite or NaN are None."""
-    return {
-        "version": VERSION,
-        "mergekit_lite": __version__,
-        "chosen": plain(result.chosen),
-        "verdict": verdict(result),
-        "about": dict(about),
-        "settings": plain(result.settings),
-        "directions": {
-            name: result.settings.direction(name) for name in (result.settings.score, *result.baseline.others)
-        },
-        "baseline": _figures(result, result.baseline),
-        "candidates": [_figures(result, point) for point in result.points],
-        "picked": plain(result.picked and result.picked.params),
-        "held_out": result.held_out and _figures(result, result.held_out),
-        "items": {"searched": result.items, "held_out": result.items_held_out},
-        "stays": {f"{share:g}": kept._asdict() for share, kept in result.stays.items()},
-        "broken": dict(result.broken),
-    }
-
-
-def _figures(result: Result, point: Point) -> dict[str, Any]:
-    """Return a candidate's figures: the score as it is, and gains of which positive is better."""
-    settings, figures = result.settings, plain(point)
-    return {"numbers": figures.pop("params"), **figures, "score": plain(settings.shown(settings.score, point.score))}
 
 
 def _sections(
@@ -99,7 +67,7 @@ def _sections(
     yield element("ul", *(element("li", said) for said in CAN_NOT_TELL))
     yield element("h2", "Candidates")
     yield element("p", " ".join(_explained(result)), class_="soft")
-    heads, rows = _table(result)
+    heads, rows = candidates(result)
     yield table("Candidates", heads, rows)
     yield element("h2", "How")
     settings = result.settings
@@ -148,7 +116,7 @@ def _limits(result: Result) -> Iterator[tuple[str, str]]:
             yield name, f"{value:g}"
 
 
-def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
+def candidates(result: Result) -> tuple[list[str], list[list[Text]]]:
     """Return heads and rows of the table of candidates, without columns that are empty."""
     points = (result.baseline, *result.points, *([result.held_out] if result.held_out else []))
     scores = [result.settings.shown(result.settings.score, point.score).mean for point in points]
@@ -200,7 +168,7 @@ def _samples(result: Result, study: Study, asked: Mapping[str, str]) -> Iterator
         if item in asked:
             yield _verbatim("asked", asked[item])
         for name, rows in shown.items():
-            yield _verbatim(f"{name}{_scores(result, rows[item])}", rows[item]["text"])
+            yield _verbatim(f"{name}{scored(result, rows[item])}", rows[item]["text"])
 
 
 def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
@@ -215,7 +183,8 @@ def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
     return params
 
 
-def _scores(result: Result, row: ItemRow) -> str:
+def scored(result: Result, row: ItemRow) -> str:
+    """Return the scores of an answer as the end of its heading."""
     signs = {name: -1 if name in result.settings.minimised else 1 for name in row["values"]}
     values = [f"{name} {signs[name] * value:.4g}" for name, value in row["values"].items() if value is not None]
     cut = ["cut at the limit"] if row.get("finish") == "length" else []

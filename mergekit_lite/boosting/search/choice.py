@@ -56,6 +56,7 @@ def boost(
     progress: Callable[[Point], None] = lambda point: None,
     test: Callable[[Mapping[str, ItemRow]], Mapping[str, str]] = lambda rows: {},
     team: Team | None = None,
+    so_far: Callable[[Result], None] = lambda result: None,
 ) -> Result:
     """Search, choose, confirm.
 
@@ -70,6 +71,7 @@ def boost(
         test: called with the baseline's rows before any candidate is measured; returns what is wrong with judges, by
             score. Where that is the deciding score, nothing is searched and nothing chosen.
         team: measures side by side; by default this process alone, with the evaluator.
+        so_far: called with what is known, nothing picked yet, after the baseline and after each candidate.
 
     Raises:
         MergekitLiteError: the baseline has no score of the deciding scorer.
@@ -84,10 +86,19 @@ def boost(
     counts: dict[str, Any] = {"items": searched, "items_held_out": len(study.clusters) - searched, "broken": broken}
     if settings.score in broken:
         return Result(settings, contest.baseline, (), None, None, None, **counts)
+
+    def known() -> Result:
+        return Result(settings, contest.baseline, tuple(contest.points.values()), None, None, None, **counts)
+
+    def measured(candidate: Point) -> None:
+        progress(candidate)
+        so_far(known())
+
+    so_far(known())
     outcomes: list[SearchOutcome] = []
     while True:
         try:
-            outcomes = contest.outcomes(search.send(outcomes) if outcomes else next(search), progress)
+            outcomes = contest.outcomes(search.send(outcomes) if outcomes else next(search), measured)
         except StopIteration:
             break
     picked = contest.preferred(corrected=not apart)

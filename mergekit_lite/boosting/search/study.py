@@ -4,6 +4,7 @@
     candidates/NAME.jsonl       a ledger of rows (``candidate.Row``); NAME.partial.jsonl while items are missing
     candidates/NAME.json        {numbers, facts, seconds}
     study.db                    Optuna's, where it searches
+    items.jsonl                 the items in their order, with their questions; so_far.json, boost.json (``record.py``)
 
 Search, limits and confidence aren't in the identity and may change from run to run: a grid can follow a bracket, and
 a candidate of both is measured once.
@@ -124,11 +125,7 @@ class Study:
         return self._ledgers[name]
 
     def _path(self, params: Params, kind: str) -> Path:
-        name = label(params)
-        safe = re.sub(r"[^\w.=,+-]", "_", name)[:LONGEST_NAME]
-        if safe != name:
-            safe += f"-{xxhash.xxh3_64_hexdigest(name.encode())}"
-        return self.folder / "candidates" / f"{safe}.{kind}"
+        return candidate_file(self.folder, params, kind)
 
     def _check(self, identity: Mapping[str, Any]) -> None:
         identity = json.loads(json.dumps(identity))  # as it will be read
@@ -154,6 +151,15 @@ class Study:
                     "that version, give another -o, or remove it. What differs"
                 )
             raise UsageError(listing(title, differ))
+
+
+def candidate_file(folder: Path, params: Params, kind: str) -> Path:
+    """Return the path of a candidate's file in the folder of a study: ``jsonl`` for its rows, ``json`` for facts."""
+    name = label(params)
+    safe = re.sub(r"[^\w.=,+-]", "_", name)[:LONGEST_NAME]
+    if safe != name:
+        safe += f"-{xxhash.xxh3_64_hexdigest(name.encode())}"
+    return folder / "candidates" / f"{safe}.{kind}"
 
 
 def _locked(folder: Path) -> BinaryIO:

@@ -27,7 +27,7 @@ Examples:
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Of the loopback address.")
 def command(root: Path, port: int) -> None:
-    """Open a page for this machine's browser: look at models, write a recipe and see its plan, run it.
+    """Open a page for this machine's browser: look at models, write a recipe and see its plan, run it, choose alpha.
 
     The page is served on 127.0.0.1 alone. It runs the commands that it shows, with ROOT as their folder. Models come
     from below ROOT and from the cache of the hub; the hub is asked where a button says so.

@@ -8,6 +8,7 @@ import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.runs import Runs
+from mergekit_lite.commands.app.tabs.choose import choose_tab
 from mergekit_lite.commands.app.tabs.models import models_tab
 from mergekit_lite.commands.app.tabs.parts import Online
 from mergekit_lite.commands.app.tabs.recipe import recipe_tab
@@ -20,7 +21,7 @@ STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 def page(places: Places, online: Online) -> gr.Blocks:
     """Return the page for the models in some places; some commands of it are ``online``."""
-    runs = Runs(places.root, online)
+    runs = Runs(places.root, online=online)
     blocks = gr.Blocks(title="mergekit-lite", analytics_enabled=False, fill_width=False)
     with blocks:
         gr.HTML(element("h1", "mergekit-lite"))
@@ -30,4 +31,6 @@ def page(places: Places, online: Online) -> gr.Blocks:
             text = recipe_tab([blocks.load, tab.select], places, runs, names)
         with gr.Tab("Run"):
             run_tab(places, runs, text, online)
+        with gr.Tab("Choose"):
+            choose_tab(places)
     return blocks

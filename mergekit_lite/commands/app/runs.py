@@ -2,7 +2,7 @@
 
 A run outlives the page's server. It holds a lock from its start to its end, of whatever kind that is, so a server that
 is started later knows whether it goes on. What the server knows of a run lies in one folder in the root: the recipe,
-what was asked for, and what the command said.
+what was asked for, and what the command said; of each kind of run the latest.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from mergekit_lite.plain_text import plain
 FOLDER = ".mergekit-lite-app"
 PROGRAM = (sys.executable, "-m", "mergekit_lite.commands.app.child")
 MOST_SAID = 100_000  # characters of what a command said, from its end
+NOTHING: Mapping[str, str] = MappingProxyType({})
 PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
 
 
@@ -38,9 +39,7 @@ def shown_command(arguments: list[str]) -> str:
     return shlex.join(["mergekit-lite", *arguments])
 
 
-def ask(
-    root: Path, arguments: list[str], seconds: float = 600, environment: Mapping[str, str] = MappingProxyType({})
-) -> str:
+def ask(root: Path, arguments: list[str], seconds: float = 600, environment: Mapping[str, str] = NOTHING) -> str:
     """Return what a command that only looks prints to both of its streams, without its progress.
 
     ``environment`` goes before this process's own. Raises UsageError where it takes longer than some seconds.
@@ -98,24 +97,55 @@ class State:
     said: str = ""
 
 
-class Runs:
-    """The latest run in a root."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of runs.
 
-    def __init__(self, root: Path, online: Mapping[str, str]) -> None:
+    Attributes:
+        name: of the files with what the server knows of it.
+        stands: tells from the root and what is known of a run that doesn't go on how it stands: ``done``, ``stopped``
+            (it can be resumed) or ``failed`` (it can't).
+        resuming: what is added to the command where it goes on.
+        apart: whether what it prints as its result is kept apart from what it says, in ``NAME.out``.
+    """
+
+    name: str
+    stands: Callable[[Path, State], str]
+    resuming: tuple[str, ...] = ()
+    apart: bool = False
+
+
+def _merge_stands(root: Path, state: State) -> str:
+    if all((root / each).exists() for each in state.outputs):
+        return "done"
+    given = state.arguments[state.arguments.index("-o") + 1]
+    left = (f".{given}.documents", *state.outputs, *(f".{each}.partial" for each in state.outputs))
+    return "stopped" if any((root / each).exists() for each in left) else "failed"
+
+
+MERGE = Kind("run", _merge_stands, ("--resume",))
+_STARTING = threading.Lock()  # held while a run is started or looked for: looking takes the run's lock for a moment
+
+
+class Runs:
+    """The latest run of a kind in a root; of all kinds together one goes on at a time."""
+
+    def __init__(self, root: Path, kind: Kind = MERGE, online: Mapping[str, str] = NOTHING) -> None:
         """Look at what a server before left in ``root``; runs that read from the hub get some variables for that."""
         self.root = root
-        self.online = online
         self.folder = root / FOLDER
-        self._starting = threading.Lock()
+        self.kind = kind
+        self.online = online
 
     def start(self, text: str, output: str, outputs: Sequence[str], *, streamed: bool = False) -> None:
         """Merge as a recipe's text says, to folders of an output's name or of names that begin so.
 
         ``streamed``: models of the hub are read by range. Raises UsageError where a run goes on already.
         """
+        recipe = f"{output}.yml"
         given = output if list(outputs) == [output] else f"{output}-{{name}}"
-        arguments = ["merge", f"{FOLDER}/{output}.yml", "-o", given, *["--stream"] * streamed]
-        self._launch(arguments, output, outputs, text)
+        arguments = ["merge", f"{FOLDER}/{recipe}", "-o", given, *["--stream"] * streamed]
+        self.launch(arguments, output, {recipe: text}, outputs)
 
     def keep(self, text: str) -> str:
         """Keep the text of a recipe that is only looked at, and return the file's name; no output's is that."""
@@ -128,61 +158,77 @@ class Runs:
         state = self.state()
         if state.kind != "stopped":
             raise UsageError("There is no run that was stopped.")
-        arguments = [each for each in state.arguments if each != "--resume"]
-        self._launch([*arguments, "--resume"], state.output, state.outputs)
+        arguments = [each for each in state.arguments if each not in self.kind.resuming]
+        self.launch([*arguments, *self.kind.resuming], state.output, outputs=state.outputs)
 
     def stop(self) -> None:
         """Interrupt the run, as Ctrl-C does, if one goes on."""
         process = self._record().get("process")
-        if process and self._is_locked():
+        if process and self._goes_on():
             with suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGINT)
 
     def state(self) -> State:
         """Return how the latest run stands."""
-        goes_on = self._is_locked()
+        goes_on = self._goes_on()
         record = self._record()
         if not record:
             return State("none")
-        output, outputs, arguments = record["output"], tuple(record["outputs"]), tuple(record["arguments"])
-        path = self.folder / "said"
+        path = self._file("said")
         told = said_in(path.read_bytes() if path.exists() else b"")
-        state = State("running", output, outputs, arguments, told.share, told.progress, told.text)
+        made = record["output"], tuple(record["outputs"]), tuple(record["arguments"])
+        state = State("running", *made, told.share, told.progress, told.text)
         if goes_on:
             return state
-        if all((self.root / each).exists() for each in outputs):
-            return replace(state, kind="done", share=1.0, progress="")
-        return replace(state, kind="stopped" if self._is_begun(state) else "failed", progress="")
+        kind = self.kind.stands(self.root, state)
+        return replace(state, kind=kind, share=1.0 if kind == "done" else told.share, progress="")
 
-    def _is_begun(self, state: State) -> bool:
-        """Whether a run that isn't done left something to go on with."""
-        given = state.arguments[state.arguments.index("-o") + 1]
-        left = (f".{given}.documents", *state.outputs, *(f".{each}.partial" for each in state.outputs))
-        return any((self.root / each).exists() for each in left)
+    def launch(
+        self,
+        arguments: list[str],
+        output: str,
+        files: Mapping[str, str] = NOTHING,
+        outputs: Sequence[str] | None = None,
+    ) -> None:
+        """Start a command with the lock in its hands, after some files were written into the page's folder.
 
-    def _launch(self, arguments: list[str], output: str, outputs: Sequence[str], text: str | None = None) -> None:
-        """Start a command with the lock in its hands, after the recipe's text was written if there is one."""
-        with self._starting:
+        Args:
+            arguments: of the command.
+            output: the name of what it makes.
+            files: their texts by name.
+            outputs: the folders that it makes, if not only ``output``.
+
+        Raises:
+            UsageError: a run goes on, of whatever kind.
+        """
+        with _STARTING:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             lock = self._lock()
             if lock is None:
                 raise UsageError("A run goes on: wait for its end, or stop it.")
             try:
-                if text is not None:
-                    (self.folder / f"{output}.yml").write_text(text, encoding="utf-8", newline="")
-                with (self.folder / "said").open("wb") as said:
+                for name, text in files.items():
+                    (self.folder / name).write_text(text, encoding="utf-8", newline="")
+                out_file = self._file("out").open("wb") if self.kind.apart else nullcontext()
+                with self._file("said").open("wb") as said, out_file as out:
                     process = subprocess.Popen(
-                        [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stdout=said,
-                        stderr=subprocess.STDOUT, pass_fds=[lock], start_new_session=True,
-                        env=os.environ | (self.online if "--stream" in arguments else {}),
+                        [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stderr=said,
+                        stdout=out or said, pass_fds=[lock], start_new_session=True,
+                        env=os.environ | (self.online if "--stream" in arguments else NOTHING),
                     )  # fmt: skip
-                record = {"arguments": arguments, "output": output, "outputs": [*outputs], "process": process.pid}
-                new = self.folder / "run.json.new"
+                made = {"output": output, "outputs": [output] if outputs is None else [*outputs]}
+                record = {"arguments": arguments, "process": process.pid, **made}
+                new = self._file("json.new")
                 new.write_text(json.dumps(record), encoding="utf-8")
-                new.replace(self.folder / "run.json")
+                new.replace(self._file("json"))
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, self.kind.name.encode(), 0)
             finally:
                 os.close(lock)  # the process has it
             threading.Thread(target=process.wait, daemon=True).start()  # so that it doesn't stay as a zombie
+
+    def _file(self, ending: str) -> Path:
+        return self.folder / f"{self.kind.name}.{ending}"
 
     def _lock(self, kind: int = fcntl.LOCK_EX) -> int | None:
         """Return the open file of the lock, held; None where a run holds it."""
@@ -194,16 +240,18 @@ class Runs:
             return None
         return lock
 
-    def _is_locked(self) -> bool:
+    def _goes_on(self) -> bool:
+        """Whether a run goes on, and is of this kind."""
         if not self.folder.is_dir():
             return False
-        with self._starting:
+        with _STARTING:
             lock = self._lock(fcntl.LOCK_SH)
-        if lock is not None:
-            os.close(lock)
-        return lock is None
+            if lock is None:
+                return read_text(self.folder / "lock", MOST_SAID) == self.kind.name
+        os.close(lock)
+        return False
 
     def _record(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
+        path = self._file("json")
         record: dict[str, Any] = json.loads(read_text(path, MOST_SAID)) if path.exists() else {}
         return record

@@ -12,7 +12,8 @@ from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.boosting.candidates.candidate import ItemRow
 from mergekit_lite.boosting.measure.nulls import ASKED, CONSTANTS, described, null_tests
 from mergekit_lite.boosting.measure.scores import parse
-from mergekit_lite.boosting.report import as_json, write
+from mergekit_lite.boosting.record import as_json
+from mergekit_lite.boosting.report import write
 from mergekit_lite.boosting.search.choice import boost
 from mergekit_lite.boosting.search.point import Settings
 from mergekit_lite.boosting.search.search import grid

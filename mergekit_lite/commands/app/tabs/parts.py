@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.runs import ask, shown_command
+from mergekit_lite.commands.app.runs import State, ask, shown_command
 from mergekit_lite.errors import MergekitLiteError
 from mergekit_lite.pages.html import Markup, element
 
@@ -44,3 +44,17 @@ def refusal(text: str) -> Markup:
 def listed(parts: list[Markup], otherwise: str = "") -> Markup:
     """Return parts below each other; where there are none, what to do."""
     return element("div", *parts) if parts else refusal(otherwise)
+
+
+def standing(name: str, state: State) -> list[Markup]:
+    """Return how a run stands: what it makes, a bar while it goes on, the command, and what that said."""
+    words = {"running": "runs", "stopped": "stopped: Resume goes on with what was finished", "failed": "failed",
+             "done": "done"}  # fmt: skip
+    parts = [element("p", element("b", name), f" {words[state.kind]}. {state.progress}", role="status")]
+    if state.kind == "running":
+        told = {} if state.share is None else {"value": str(state.share)}
+        parts.append(element("progress", max="1", aria_label="Progress", **told))
+    parts.append(element("code", shown_command(list(state.arguments))))
+    if state.said:
+        parts.append(element("pre", state.said, tabindex="0"))
+    return parts

@@ -8,8 +8,8 @@ import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import checked, output_of, planned, shown
-from mergekit_lite.commands.app.runs import Runs, State, shown_command
-from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
+from mergekit_lite.commands.app.runs import Runs, State
+from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal, standing
 from mergekit_lite.commands.app.tabs.push import push_part
 from mergekit_lite.engine.run import check_outputs
 from mergekit_lite.errors import MergekitLiteError, UsageError
@@ -105,15 +105,7 @@ def _state(places: Places, state: State) -> Markup:
     """Return how a run stands as HTML: the command, a bar, what it said, and the card of what it made."""
     if state.kind == "none":
         return element("p", "Nothing was run yet.")
-    words = {"running": "runs", "stopped": "stopped: Resume goes on with what was finished", "failed": "failed",
-             "done": "done"}  # fmt: skip
-    parts = [element("p", element("b", state.output), f" {words[state.kind]}. {state.progress}", role="status")]
-    if state.kind == "running":
-        told = {} if state.share is None else {"value": str(state.share)}
-        parts.append(element("progress", max="1", aria_label="Progress", **told))
-    parts.append(element("code", shown_command(list(state.arguments))))
-    if state.said:
-        parts.append(element("pre", state.said, tabindex="0"))
+    parts = standing(state.output, state)
     for output in state.outputs:
         card = places.root / output / "README.md"
         if state.kind == "done" and card.is_file() and places.may_read(card):

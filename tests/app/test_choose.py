@@ -1,0 +1,353 @@
+"""Choosing on the page: what it starts and what it refuses, what it shows of a search; a chat; in a browser, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergekit_lite import preview
+from mergekit_lite.boosting import record
+from mergekit_lite.boosting.report import write
+from mergekit_lite.boosting.search.choice import boost
+from mergekit_lite.boosting.search.point import Settings
+from mergekit_lite.boosting.search.search import grid
+from mergekit_lite.boosting.search.study import Study
+from mergekit_lite.commands.app import runs as running
+from mergekit_lite.commands.app.boosts import BOOST, boost_arguments, data_files
+from mergekit_lite.commands.app.chats import PREVIEW, Chat, ask, chat, forget
+from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.app.runs import FOLDER, Runs
+from mergekit_lite.commands.app.searched import beside, found, names_of
+from mergekit_lite.errors import UsageError
+from mergekit_lite.plain_text import plain
+from tests.app.test_page import WAIT, Server, at, browser, command, serving, weights
+from tests.boost.end_to_end import write_models, write_pairs, write_prompts
+from tests.boost.search.test_choice import peak
+from tests.boost.test_report import HOSTILE, Answering
+from tests.models import state, tuned, write_folder
+
+if not os.environ.get("CI"):
+    pytest.importorskip("gradio")
+    pytest.importorskip("playwright")
+from playwright.sync_api import Page, expect
+
+__all__ = ["browser"]  # a fixture
+SLEEPS = (sys.executable, "-c", "import time; print('it sleeps', flush=True); time.sleep(600)")
+QUESTION = "What is <img src=x onerror=document.title='hit'>?"
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    root = tmp_path / "root"
+    base = state(0)
+    write_folder(root / "sft", base)
+    write_folder(root / "dpo", tuned(base, 1))
+    write_folder(tmp_path / "secret", tuned(base, 3))
+    (root / "dev.jsonl").write_text('{"prompt": "What?"}\n')
+    (root / "link.jsonl").symlink_to(tmp_path / "secret" / "config.json")
+    (root / "old.boost").mkdir()
+    (root / "old.boost" / "items.jsonl").write_text("")
+    (root / "run" / "step-1").mkdir(parents=True)
+    (root / "run" / "step-2").symlink_to(tmp_path / "secret")
+    (root / "out.yml").write_text("merge_method: linear\nmodels: [{model: ../secret, parameters: {weight: 1}}]\n")
+    (tmp_path / "cache").mkdir()
+    monkeypatch.chdir(root)
+    return Places(root, tmp_path / "cache")
+
+
+FIELDS = {"base": "./sft", "tuned": "./dpo", "data": "dev.jsonl", "score": "maths", "alphas": "", "output": "boosted",
+          "more": ""}  # fmt: skip
+
+
+def test_the_fields_are_the_command(places: Places) -> None:
+    made = boost_arguments(places, **FIELDS)
+    assert made == ["boost", "./sft", "./dpo", "--prompts", "dev.jsonl", "--score", "maths", "-o", "boosted"]
+    fields = FIELDS | {"score": "pairs", "alphas": "0.1,0.2", "more": "--limits 'growth=1.5' --seed 3"}
+    made = boost_arguments(places, **fields)
+    assert made == [
+        "boost", "./sft", "./dpo", "--search", "grid", "--pairs", "dev.jsonl", "--score", "pairs", "--grid", "0.1,0.2",
+        "-o", "boosted", "--limits", "growth=1.5", "--seed", "3",
+    ]  # fmt: skip
+    assert data_files(places) == ["dev.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "said"),
+    [
+        ("base", "../secret", "leads out"),
+        ("base", "./sfd", "Did you mean './sft'"),
+        ("tuned", "https://host/model", "elsewhere"),
+        ("data", "../secret/config.json", "leads out"),
+        ("data", "link.jsonl", "leads out"),
+        ("score", "nll:../secret/config.json", "leads out"),
+        ("score", "reward:../secret", "leads out"),
+        ("score", "reward:./rn", "there is no model './rn'"),
+        ("score", "function:os:system", "left to the command line"),
+        ("score", "code,allow_code=true", "left to the command line"),
+        ("score", "judge:gpt,server=http://host/v1", "left to the command line"),
+        ("score", "lm-eval:task,include=tasks", "left to the command line"),
+        ("score", "mahts", "Did you mean 'maths'"),
+        ("output", "../out", "a name of letters"),
+        ("output", "sft", "exists"),
+        ("output", "old", "old.boost exists"),
+        ("more", "-o ../out", "leave -o out"),
+        ("more", "--study ../out", "--study is left to the command line"),
+        ("more", "--storage sqlite:////tmp/x.db", "--storage is left"),
+        ("more", "--serve-command 'sh -c reboot'", "--serve-command is left"),
+        ("more", "--ray host:6379", "--ray is left"),
+        ("more", "--copy-code", "--copy-code is left"),
+        ("more", "--force", "--force is left"),
+        ("more", "--prompts ../secret/config.json", "leads out"),
+        ("more", "--recipe out.yml --tune parameters.weight=0:1", "out.yml, line 2: '../secret' leads out"),
+        ("more", "--recipe none.yml", "none.yml"),
+        ("more", "--score function:os:system", "left to the command line"),
+        ("more", "--limitz growth=2", "--limits"),
+        ("more", "--help", "mergekit-lite boost --help"),
+        ("more", "'", "No closing quotation"),
+    ],
+)
+def test_what_reaches_out_is_not_started(places: Places, field: str, given: str, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        boost_arguments(places, **FIELDS | {field: given})
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("checkpoints", ["run", "run/step-*"])
+def test_no_checkpoint_of_a_run_leads_out(places: Places, checkpoints: str) -> None:
+    with pytest.raises(UsageError, match="leads out"):
+        boost_arguments(places, **FIELDS | {"tuned": checkpoints, "more": "--tune to_step=3:9"})
+
+
+def test_one_run_goes_on_at_a_time_of_whatever_kind(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "PROGRAM", SLEEPS)
+    merges, searches, chats = (Runs(places.root, kind) for kind in (running.MERGE, BOOST, PREVIEW))
+    searches.launch(["boost"], "boosted")
+    try:
+        assert searches.state().kind == "running" and merges.state().kind == "none"
+        with pytest.raises(UsageError, match="A run goes on"):
+            merges.start("", "merged", ["merged"])
+        with pytest.raises(UsageError, match="A run goes on"):
+            ask(places, chats, ("./sft", "./dpo"), (0, 0.5), 8, "What?")
+        chats.stop()  # not its own
+        assert Runs(places.root, BOOST).state().kind == "running"
+        wait(lambda: "it sleeps" in searches.state().said)
+    finally:
+        searches.stop()
+    wait(lambda: searches.state().kind == "failed")  # nothing of a search is there to go on with
+    ask(places, chats, ("./sft", "./dpo"), (0, 0.5), 8, QUESTION)
+    wait(lambda: b"it sleeps" in (chats.folder / "preview.out").read_bytes())
+    assert chats.state().kind == "running" and searches.state().kind == "failed"
+    chats.stop()
+    wait(lambda: chats.state().kind == "failed")
+    asked = ({"role": "user", "content": QUESTION},)
+    assert chat(chats) == Chat(("./sft", "./dpo"), ("0", "0.5"), (asked, asked), answered=False)
+    forget(chats)
+    assert chat(chats) == Chat()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"models": ("", "./dpo")}, "Choose the models"),
+        ({"models": ("../secret", "./dpo")}, "leads out"),
+        ({"models": ("--device", "./dpo")}, "there is no model"),
+        ({"alphas": (0.5, 0.5)}, "take two"),
+        ({"alphas": (None, 0.5)}, "is a number"),
+        ({"most": 100_000}, "from 1 to 1,024"),
+        ({"question": " "}, "Ask something"),
+    ],
+)
+def test_what_can_not_be_asked_is_told(places: Places, changed: dict[str, Any], said: str) -> None:
+    asked: dict[str, Any] = {"models": ("./sft", "./dpo"), "alphas": (0, 0.5), "most": 8, "question": "What?"}
+    with pytest.raises(UsageError, match=said):
+        ask(places, Runs(places.root, PREVIEW), **asked | changed)
+
+
+def test_a_search_is_shown_as_it_stands_and_answers_are_text(tmp_path: Path) -> None:
+    evaluator = Answering(peak, items=300)
+    shown: list[str] = []
+    with Study(tmp_path, {}, evaluator.items) as study:
+        asked = {item: f"What is {item}? {HOSTILE}" for item in evaluator.items}
+        record.write_items(tmp_path, study.items, asked)
+
+        def look(result: Any) -> None:
+            record.write_so_far(tmp_path, result, {})
+            shown.append(found(tmp_path))
+
+        values = {"alpha": [1.0, 2.0, 16.0]}
+        result = boost(lambda same: grid(values), evaluator, study, Settings(score="score"), so_far=look)
+        for number, page in enumerate(shown):
+            assert f"{number} candidate" in page and "nothing is chosen yet" in page
+            assert page.count("</tr>") == 2 + number
+        write(result, study, {}, asked)
+    assert result.chosen is not None
+    page = found(tmp_path)
+    assert "beats alpha=0" in page and "<svg" in page and "95 % intervals" in page and "so far" not in page
+    assert names_of(tmp_path) == ["alpha=0", "alpha=1", "alpha=2", "alpha=16"]
+    answers = beside(tmp_path, [], 2)
+    assert answers.count("<pre") == 3 and f"alpha={result.chosen['alpha']:g}" in answers
+    assert f"What is {study.items[1]}?" in answers and f"What is {study.items[0]}?" not in answers
+    assert "<script" not in answers and "&lt;script&gt;" in answers
+    dropped = beside(tmp_path, ["alpha=0", "alpha=16"], 290)
+    assert "not measured on this item" in dropped
+    assert "Item 150 of" in beside(tmp_path, ["alpha=0"], 150) and "Item 300 of" in beside(tmp_path, [], 10_000)
+
+
+def wait(known: Any) -> None:
+    until = time.monotonic() + WAIT / 1000
+    while not known():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    write_models(root)
+    write_prompts(root)
+    write_pairs(root, 64)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Server]:
+    with serving(root) as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Page]:
+    with at(browser, server) as page:
+        page.get_by_role("tab", name="Choose").click()
+        yield page
+
+
+def fill(page: Page, **fields: str) -> None:
+    """By keyboard."""
+    for name, text in fields.items():
+        box = page.locator(f"#choose-{name} input, #choose-{name} textarea").first
+        box.fill(text)
+        box.press("Tab")
+
+
+def test_from_a_path_out_of_the_root_to_the_commands_bytes(page: Page, root: Path) -> None:
+    """The pairs decide; prompts are answered, too, so that there are guards and samples."""
+    fill(page, sft="../sft", aligned="./dpo", data="pairs.jsonl", score="pairs", alphas="16,24", output="of-page")
+    page.locator("#choose-start").click()
+    expect(page.locator("#choose-refused")).to_contain_text("leads out of")
+    more = "--prompts prompts.jsonl --score log_ratio --max-tokens 6 --limits growth=none --limits repetition=none"
+    fill(page, sft="./sft", more=f"{more} --confidence 3")
+    page.locator("#choose-check").click()
+    expect(page.locator("#choose-refused")).to_contain_text("--confidence: expected a number from 0.5 up to 0.999")
+    fill(page, more=more)
+    page.locator("#choose-start").click()
+    expect(page.locator("#choose-state .done")).to_contain_text("mergekit-lite boost ./sft ./dpo --search grid")
+    expect(page.locator("#choose-curve")).to_contain_text("beats alpha=0")
+    expect(page.locator("#choose-curve svg").first).to_be_visible()
+    expect(page.locator("#choose-curve tbody tr")).to_have_count(4)  # the baseline, two, the chosen one held out
+    page.get_by_role("button", name="Answers side by side").click()
+    expect(page.locator("#choose-answers .beside pre")).to_have_count(2)
+    page.locator("#choose-item input").fill("5")
+    page.keyboard.press("Tab")
+    expect(page.locator("#choose-answers")).to_contain_text("Item 5 of 24")
+    page.locator("#choose-report").click()
+    expect(page.frame_locator("#choose-page iframe").locator("h1")).to_contain_text("beats alpha=0")
+
+    arguments = ["--search", "grid", "--pairs", "pairs.jsonl", "--score", "pairs", "--grid", "16,24", *more.split()]
+    command(root, "boost", "./sft", "./dpo", *arguments, "-o", "of-command")
+    assert weights(root / "of-page") == weights(root / "of-command") != {}
+    page.locator("#choose-start").click()
+    expect(page.locator("#choose-refused")).to_contain_text("exists")
+
+
+def test_two_alphas_answer_beside_each_other(page: Page, root: Path) -> None:
+    """The answers are those of the command; the conversation goes on with each one's own."""
+    fill(page, sft="./sft", aligned="./dpo")
+    page.get_by_role("button", name="Chat with two alphas").click()
+    for name, number in (("first", "0"), ("second", "16"), ("most", "8")):
+        page.locator(f"#chat-{name} input").fill(number)
+    page.locator("#chat-question textarea").fill(QUESTION)
+    page.locator("#chat-ask").click()
+    columns = page.locator("#chat-told .done .beside > div")
+    expect(columns).to_have_count(2)
+    expect(columns.first.locator("pre")).to_have_text([QUESTION, answers(root, 0, 1)])
+    assert page.title() == "mergekit-lite" and not page.locator("#chat-told img").count()
+    page.locator("#chat-question textarea").fill("And two?")
+    page.locator("#chat-ask").click()
+    expect(columns.first.locator("pre")).to_have_count(4)
+    expect(columns.last.locator("pre")).to_have_count(4)
+    expect(columns.last.locator("pre").last).to_have_text(answers(root, 1, 2))
+    page.locator("#chat-anew").click()
+    expect(columns).to_have_count(0)
+
+
+def answers(root: Path, number: int, turns: int) -> str:
+    """What the alpha with this number answers to its own conversation on the disk; both are asked, as the page does."""
+    rows = [json.loads(line) for line in (root / FOLDER / "chat.jsonl").read_text().splitlines()]
+    messages = rows[number]["messages"]
+    assert len(messages) == 2 * turns - 1
+    (made,) = preview(str(root / "sft"), str(root / "dpo"), [messages], alphas=[0.0, 16.0], max_tokens=8)
+    return plain(made.answers[number].text)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_choosing_fits_a_narrow_window(browser: Any, server: Server, root: Path, scheme: str) -> None:
+    with at(browser, server, viewport={"width": 400, "height": 800}, color_scheme=scheme) as page:
+        page.get_by_role("tab", name="Choose").click()
+        for name in ("Answers side by side", "Chat with two alphas"):
+            page.get_by_role("button", name=name).click()
+        expect(page.locator("#chat-question")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+@pytest.mark.slow
+def test_a_search_is_stopped_and_goes_on_after_the_server_was_killed(browser: Any, root: Path) -> None:
+    """Of far more candidates than it has time for: the first ones are waited for, nothing is a race."""
+    group = 0
+    try:
+        with serving(root) as server, at(browser, server) as page:
+            page.get_by_role("tab", name="Choose").click()
+            many = ",".join(map(str, range(1, 901)))
+            fill(page, sft="./sft", aligned="./dpo", data="pairs.jsonl", score="pairs", alphas=many, output="long")
+            page.locator("#choose-start").click()
+            expect(page.locator("#choose-curve")).to_contain_text("nothing is chosen yet")
+            wait(lambda: len(candidates(root)) >= 1)
+            expect(page.locator("#choose-curve tbody")).to_contain_text("alpha=1")
+            page.locator("#choose-stop").click()
+            expect(page.locator("#choose-state .stopped")).to_contain_text("Interrupted")
+            first = candidates(root)
+            page.locator("#choose-resume").click()
+            wait(lambda: len(candidates(root)) > len(first))
+            group = json.loads((root / FOLDER / "boost.json").read_text())["process"]
+            server.kill()
+        with serving(root) as server, at(browser, server) as page:
+            page.get_by_role("tab", name="Choose").click()
+            expect(page.locator("#choose-state .running")).to_be_visible()  # it outlived its server
+            os.killpg(group, signal.SIGKILL)
+            expect(page.locator("#choose-state .stopped")).to_be_visible()
+            second = candidates(root)
+            assert second[: len(first)] == first and len(second) > len(first)
+            page.locator("#choose-resume").click()
+            wait(lambda: len(candidates(root)) > len(second))
+            assert candidates(root)[: len(second)] == second
+            page.locator("#choose-stop").click()
+            expect(page.locator("#choose-state .stopped")).to_contain_text("Interrupted")
+    finally:
+        with suppress(ProcessLookupError, PermissionError, FileNotFoundError):
+            os.killpg(json.loads((root / FOLDER / "boost.json").read_text())["process"], signal.SIGKILL)
+
+
+def candidates(root: Path) -> list[Any]:
+    """The figures of the candidates that are in, without their times."""
+    path = root / "long.boost" / record.SO_FAR
+    listed = json.loads(path.read_text())["candidates"] if path.exists() else []
+    return [(each["numbers"], each["gain"]) for each in listed]
