@@ -149,6 +149,10 @@ def prepare(
     problems += absent_models(loaded)
     if output.suffix != ".jsonl":
         problems.append(f"{output}: answers are JSON Lines, in a file that ends in .jsonl")
+    elif taken := {output.resolve(), prepared.rows.resolve(), prepared.steps.resolve()} & {
+        p.resolve() for p in prompts
+    }:
+        problems.append(f"{taken.pop()} is a file of prompts, and would be written to: name another output")
     elif not _is_begun(prepared):
         problems += [
             f"{path} is there already, and no answers that this command began: name another file"
