@@ -11,7 +11,7 @@ import click
 from mergekit_lite.commands.running import takes_ray
 
 if TYPE_CHECKING:
-    from mergekit_lite.answers.aggregating.answering import Prepared
+    from mergekit_lite.answers.aggregating.answering import ToAnswer
     from mergekit_lite.commands.reporter import TerminalReporter
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -82,7 +82,7 @@ def command(
         reporter.line(f"{counted(done.rows, 'row')} to train an aggregator on in {prepared.rows}")
 
 
-def _show_plan(prepared: Prepared, reporter: TerminalReporter, as_json: bool) -> None:
+def _show_plan(prepared: ToAnswer, reporter: TerminalReporter, as_json: bool) -> None:
     from mergekit_lite.answers.aggregating.dry_run import CHARACTERS
     from mergekit_lite.errors import counted
 

@@ -65,7 +65,12 @@ class Options(JudgeOptions):
         return with_fields(prompt, FIELDS, {"answer_a": "the first answer", "answer_b": "the second answer"})
 
 
-@scorer("pairwise", needs={"model": "MODEL", "server": "URL"}, takes=("api_key_variable", "concurrency"))
+@scorer(
+    "pairwise",
+    needs={"model": "MODEL", "server": "URL"},
+    takes=("api_key_variable", "concurrency"),
+    opponent_as="reference",
+)
 class Pairwise(Scorer):
     """1, ½ or 0 for won, tied or lost; no score, with the reason, where the judge says nothing in one of the orders."""
 

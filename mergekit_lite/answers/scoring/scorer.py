@@ -14,7 +14,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -120,6 +120,7 @@ class ScorerKind:
     judges: bool = True  # False: it says nothing of a new answer: scores come with the data, or are of the prompt
     sees_form: bool = False  # whether it gets prompts as the data have them, a text or messages
     read_together: bool = False  # whether the answers of one batch change each other's scores in the last bits
+    opponent_as: Literal["reference", "column"] | None = None  # how it sees the answer that others are compared with
     check: Callable[[ScorerSettings], Iterable[Wrong]] = lambda settings: ()  # yields more mistakes, opening nothing
 
     @property
