@@ -48,7 +48,7 @@ def draws_of(written: Written, domain: str, folder: Path, seed: int, reporter: R
     """
     lists = {name: _lines(each.path, each.each) for name, each in written.lists.items()}
     given = _given(written, reporter)
-    in_turn = _in_turn(given, seed_of(seed, "written", written.name))
+    in_turn = _shots(_in_turn(given, seed_of(seed, "written", written.name)), written.shots)
     tasks = [
         Task(
             Prompt(f"{written.name}:{number}", (Message(role="user", content=_request(written, lists, of, drawing)),)),
@@ -59,7 +59,7 @@ def draws_of(written: Written, domain: str, folder: Path, seed: int, reporter: R
         for drawing in [seed_of(seed, "written", written.name, number)]
     ]
     drawn = [(name, each.each, lists[name]) for name, each in sorted(written.lists.items())]
-    content = [FORM, written.request, drawn, [sorted(each.items()) for each in given]]
+    content = [FORM, written.request, written.shots, drawn, [sorted(each.items()) for each in given]]
     return Draws(
         written,
         folder,
@@ -98,6 +98,10 @@ def _given(written: Written, reporter: Reporter) -> list[Mapping[str, str]]:
         reporter.warn(listing(left_out, problems, SHOWN))
     left = {prompt.id for prompt in lacking}
     found = [_fields(prompt) for prompt in loaded.prompts if prompt.id not in left]
+    if 0 < len(found) < written.shots:
+        raise UsageError(
+            f"{written.name}: {counted(len(found), 'prompt')} given, where `shots` wants {written.shots:,}."
+        )
     if not found:
         raise UsageError(listing(f"{written.name}: there is no prompt to write others of", problems or ["no rows"]))
     return found
@@ -113,6 +117,17 @@ def _in_turn(given: Sequence[Mapping[str, str]], seed: int) -> Iterator[Mapping[
     """Yield the given prompts again and again, each time in another order; without any, nothing for each request."""
     for turn in count():
         yield from sorted(given, key=lambda each: seed_of(seed, turn, each["prompt"])) or [{}]
+
+
+def _shots(in_turn: Iterator[Mapping[str, str]], number: int) -> Iterator[Mapping[str, str]]:
+    """Yield the fields of each request: of one given prompt, or of several with tags around each."""
+    if number == 1:
+        yield from in_turn
+    while True:
+        texts: dict[str, None] = {}
+        while len(texts) < number:  # where one turn ends and the next begins, a prompt may come twice
+            texts[next(in_turn)["prompt"]] = None
+        yield {"prompt": "\n\n".join(f"<message>\n{text}\n</message>" for text in texts)}
 
 
 def _request(written: Written, lists: Mapping[str, Sequence[str]], of: Mapping[str, str], seed: int) -> str:

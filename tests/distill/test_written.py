@@ -107,6 +107,21 @@ def test_requests_of_given_prompts_in_turn(tmp_path: Path) -> None:
     assert "Like user: user3\n\nassistant: assistant3\n\nuser: user3" in asked(fake)
 
 
+def test_several_given_prompts_in_a_request(tmp_path: Path) -> None:
+    """Different ones where they are enough, each in turn, with tags around."""
+    keys = {"lists": {}, "request": "{prompt}", "of": [{"path": "given.jsonl", "limit": 3}], "shots": 3, "number": 9}
+    with fake_server(Fake(reply=numbered)) as fake:
+        settled(made(tmp_path, fake.url, **keys), Heard())
+        shown = [re.findall(r"<message>\nGiven (\d)\? \{x\}\n</message>", text) for text in asked(fake)]
+        assert [sorted(each) for each in shown] == [["0", "1", "2"]] * 9 and len({*map(tuple, shown)}) > 1
+        fake.bodies.clear()
+        settled(made(tmp_path / "two", fake.url, **keys | {"shots": 2, "number": 30}), Heard())
+        pairs = [re.findall(r"Given (\d)\?", text) for text in asked(fake)]
+        assert all(len({*pair}) == 2 for pair in pairs) and {number for pair in pairs for number in pair} == {*"012"}
+        with pytest.raises(UsageError, match="written: 3 prompts given, where `shots` wants 4"):
+            settled(made(tmp_path / "b", fake.url, **keys | {"shots": 4}), Heard())
+
+
 def test_replies(tmp_path: Path) -> None:
     """Without thoughts, and without quotation marks around all of it; what is cut or empty is left out."""
     said = ['<think>Hm: "x"?</think>\n\n"Why not?"', '"Who" said "no"?', "List:", "<think>\nlong", '"']
@@ -186,6 +201,8 @@ def test_a_dry_run_asks_nobody(tmp_path: Path) -> None:
         ({"request": "{skills}"}, "the request has no field {kind}, so this list has no effect"),
         ({"request": "{skills} {kind} {prompt}"}, "no field 'prompt'"),
         ({"of": [{"path": "given.jsonl"}]}, "the request has neither {prompt} nor {reference}"),
+        ({"shots": 2}, "'shots' has no effect here"),
+        ({"of": [{"path": "given.jsonl"}], "shots": 2, "request": REQUEST + "{reference}"}, "is of one given prompt"),
         ({"of": [{}], "request": REQUEST + "{prompt}"}, "exactly one of 'path' and 'dataset'"),
         ({"lists": {**LISTS, "prompt": {"path": "kinds.txt"}}}, "{prompt} is of the prompts that 'of' gives"),
         ({"model": ""}, "'written' has no 'model'"),

@@ -82,6 +82,7 @@ class Written(AskedModel):
     request: Annotated[str, Field(min_length=1)]  # with fields in braces: those of lists, and {prompt}, {reference}
     lists: dict[FieldName, Drawn] = Field(default={})  # by field
     of: tuple[Prompts, ...] = ()  # given prompts, which the requests have in turn
+    shots: Count = 1  # of them in a request
     sampling: PolicySampling = PolicySampling()
 
     @property

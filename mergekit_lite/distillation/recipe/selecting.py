@@ -84,6 +84,10 @@ def _wrong_written(at: KeyPath, written: Written) -> Iterator[Problem]:
     for name in written.lists:
         if name not in fields:
             yield Problem((*at, "lists", name), f"the request has no field {{{name}}}, so this list has no effect")
+    if written.shots > 1 and not written.of:
+        yield Problem((*at, "shots"), "'shots' has no effect here: it is of the prompts that 'of' gives")
+    elif written.shots > 1 and "reference" in fields:
+        yield Problem((*at, "request"), "{reference} is of one given prompt, and a request has several 'shots'")
     if written.of and not fields & GIVEN_FIELDS:
         yield Problem((*at, "of"), "the request has neither {prompt} nor {reference}, so these have no effect")
 
