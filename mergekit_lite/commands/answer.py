@@ -31,7 +31,7 @@ Examples:
 @click.option("--recipe", required=True, type=FILE, help="YAML with models and layers; docs/answer.md has the keys.")
 @click.option("-o", "--output", required=True, type=FILE, help="The answers, as JSON Lines.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most prompts that are answered.")
-@click.option("--rows", is_flag=True, help="Write rows to train an aggregator on as well, NAME.rows.jsonl.")
+@click.option("--rows", is_flag=True, help="Write rows to learn fusing, criticising, refining from, NAME.rows.jsonl.")
 @click.option("--skip-missing", is_flag=True, help="Go on without the drafts that a model fails to give.")
 @takes_ray
 @click.option("--dry-run", is_flag=True, help="Print calls and tokens of each model, ask nobody.")
@@ -79,7 +79,7 @@ def command(
     asked = counted(sum(done.asked.values()), "call")
     reporter.line(f"{counted(done.answers, 'answer')} in {output}, by {asked} in this run")
     if rows:
-        reporter.line(f"{counted(done.rows, 'row')} to train an aggregator on in {prepared.rows}")
+        reporter.line(f"{counted(done.rows, 'row')} to learn these steps from in {prepared.rows}")
 
 
 def _show_plan(prepared: ToAnswer, reporter: TerminalReporter, as_json: bool) -> None:

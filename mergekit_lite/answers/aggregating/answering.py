@@ -15,7 +15,7 @@ from typing import Any
 from mergekit_lite.answers.aggregating.calls import Item
 from mergekit_lite.answers.aggregating.dry_run import ModelCalls, dry_run
 from mergekit_lite.answers.aggregating.recipe import AnswerRecipe, load
-from mergekit_lite.answers.aggregating.running import Aggregation, Reports, ledger_of, run
+from mergekit_lite.answers.aggregating.running import TAUGHT, Aggregation, Reports, ledger_of, run
 from mergekit_lite.answers.aggregating.steps import said_in
 from mergekit_lite.answers.asked_model import AskedModel, absent
 from mergekit_lite.answers.asking import Task
@@ -68,7 +68,7 @@ class ToAnswer:
 
     @property
     def rows(self) -> Path:
-        """The file of the rows that an aggregator can be trained on."""
+        """The file of the rows that a model can learn these steps from."""
         return self.output.with_name(f"{self.output.stem}.rows.jsonl")
 
     def log(self, model: AskedModel) -> Path:
@@ -86,7 +86,7 @@ class Answered:
 
     prepared: ToAnswer
     answers: int
-    rows: int  # to train an aggregator on
+    rows: int  # to learn these steps from
     asked: dict[str, int]  # replies that this run got, by model
     missing: tuple[str, ...]  # messages
 
@@ -110,7 +110,8 @@ def answer(
         recipe: a YAML file; see docs/answer.md.
         output: the file of the answers, ``.jsonl``.
         limit: most prompts that are answered.
-        rows: write ``NAME.rows.jsonl`` as well, on which a model can learn to aggregate (AFT).
+        rows: write ``NAME.rows.jsonl`` as well, on which a model can learn to aggregate (AFT), or to criticise and
+            refine (SRT).
         skip_missing: go on without drafts that a model fails to give, and without prompts that can't be answered.
         ray: have models that answer in this process answer on the machines of a Ray cluster instead: ``auto``,
             ``HOST:PORT`` or ``local:N``.
@@ -159,8 +160,10 @@ def prepare(
             for path in (output, prepared.rows)
             if path.exists()
         ]
-    if rows and not any(step.step == "fuse" for layer in loaded.layers for step in layer):
-        problems.append("rows to learn from are conversations with drafts and their fusion: the recipe has no 'fuse'")
+    if rows and not any(step.step in TAUGHT for layer in loaded.layers for step in layer):
+        problems.append(
+            f"rows to learn from are what was made of drafts: the recipe has none of {', '.join(map(repr, TAUGHT))}"
+        )
     if not tasks:
         problems += asked.problems or ["the files have no prompt to answer"]
     if problems:
@@ -213,7 +216,7 @@ def carry_out(prepared: ToAnswer, reports: Reports, *, rows: bool = False, skip_
     write_answers(prepared, found)
     if cut := cut_in(found):
         reports.warn(f"{counted(cut, 'answer')} of {len(found.answered):,} cut at max_tokens")
-    written = list(_aggregator_rows(found)) if rows else []
+    written = list(_taught_rows(found)) if rows else []
     if rows:
         write_rows(prepared.rows, written)
     return Answered(prepared, len(found.answered), len(written), dict(found.asked), tuple(found.missing))
@@ -243,17 +246,20 @@ def _answer_row(name: str, item: Item) -> dict[str, Any]:
     }
 
 
-def _aggregator_rows(found: Aggregation) -> Iterator[dict[str, Any]]:
-    """Yield the conversations with drafts that the last fusing layer had, each with the fusion that was made of it.
+def _taught_rows(found: Aggregation) -> Iterator[dict[str, Any]]:
+    """Yield the requests about drafts that the last layers of their kinds made, each with the reply to it.
 
-    Such rows train a model to aggregate: Aggregation Fine-Tuning (Li et al. 2025, arXiv 2501.11877).
+    Such rows train a model to aggregate: Aggregation Fine-Tuning (Li et al. 2025, arXiv 2501.11877); or to criticise
+    answers and to refine them, the first stage of SRT (Hu et al. 2024, arXiv 2406.07168).
     """
     for item in found.answered:
-        for number, (messages, reply) in enumerate(item.fusions):
+        said = [(kind, messages, reply) for kind, pairs in item.taught.items() for messages, reply in pairs]
+        for number, (kind, messages, reply) in enumerate(said):
             asked = _asked(item.task.prompt)
             yield {
                 **asked,
                 "id": f"{asked['id']}/{item.task.index}/{number}",
+                "step": kind,
                 "messages": list(messages),
                 **_said(reply),
             }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from mergekit_lite.answers.aggregating.calls import Item, digests
-from mergekit_lite.answers.aggregating.recipe import Aggregate, Step
+from mergekit_lite.answers.aggregating.recipe import Aggregate, Kind, Step
 from mergekit_lite.answers.aggregating.steps import Asking, Call, Conversation, Drafts, Lost, layer, said_in
 from mergekit_lite.answers.asked_model import AskedModel
 from mergekit_lite.answers.asking import Notes, Task, reasons, repeated
@@ -28,6 +28,9 @@ from mergekit_lite.answers.spreading import Crews
 from mergekit_lite.errors import counted
 
 REPLY: Fields = {"call": str, "text": str, "finish": str}
+# Kinds of steps whose requests and replies, of their last layer, can teach a model: whether only the last reply counts,
+# as those before it could not be read.
+TAUGHT: Mapping[Kind, bool] = {"fuse": False, "critique": True, "refine": False}
 SAID_NOTHING = "a reply that is blank, or thoughts alone: raise max_tokens"
 Opened: TypeAlias = Callable[[AskedModel], AbstractContextManager[Served | Local]]
 
@@ -146,9 +149,9 @@ class _Running:
         live = [item for item in self.found.items if not item.lost]
         systems = self.aggregate.systems
         running = {item: layer(steps, _conversation(item, systems), item.drafts) for item in live}
-        if any(step.step == "fuse" for step in steps):
+        for kind in {step.step for step in steps} & TAUGHT.keys():
             for item in live:
-                item.fusions = []
+                item.taught[kind] = []
         sent: Mapping[Item, list[Reply | None] | None] = dict.fromkeys(live)
         while asked := [each for item, replies in sent.items() for each in _next(item, running[item], replies)]:
             replies, lacks = self._replies(asked)
@@ -160,8 +163,9 @@ class _Running:
             for each in asked:
                 reply = replies.get(each.key)
                 came.setdefault(each.item, []).append(reply)
-                if each.call.step == "fuse" and reply is not None:
-                    each.item.fusions.append((each.call.messages, reply))
+                if each.call.step in TAUGHT and reply is not None:
+                    again = [] if TAUGHT[each.call.step] else each.item.taught[each.call.step]
+                    each.item.taught[each.call.step] = [*again, (each.call.messages, reply)]
             sent = came
         doubted = sum(any(draft.doubted for draft in item.drafts) for item in live)
         if doubted and any(step.step == "verify" for step in steps):  # later layers hand such drafts on

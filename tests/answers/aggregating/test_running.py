@@ -283,6 +283,43 @@ def test_rows_teach_to_aggregate(fake: Fake, tmp_path: Path) -> None:
     assert digest_of(made[0]["messages"]) != digest_of(answers[0]["messages"])
 
 
+SRT = [
+    {"step": "generate", "model": ["a"], "samples": 2},
+    {"step": "critique", "model": "c"},
+    {"step": "refine", "model": "c"},
+    {"step": "rank", "model": "c"},
+]
+
+
+def test_rows_teach_to_criticise_and_to_refine(fake: Fake, tmp_path: Path) -> None:
+    """The requests as they were made, and of critiques the one that could be read: SRT's first stage."""
+    tries: Counter[str] = Counter()
+
+    def unclear(body: dict[str, Any]) -> str:
+        asked = body["messages"][-1]["content"]
+        tries[asked] += "brackets alone" in asked
+        return "[1] is good." if tries[asked] == 1 else reply(body)
+
+    fake.reply = unclear
+    code, told, error = answer(place(tmp_path, fake.url, SRT), "--rows")
+    assert code == 0 and "9 rows to learn these steps from" in told, error
+    made = rows(tmp_path / "answers.rows.jsonl")
+    assert [(row["id"], row["step"]) for row in made] == [
+        (f"p{prompt}/0/{number}", step)
+        for prompt in range(3)
+        for number, step in enumerate(("critique", "refine", "refine"))
+    ]
+    assert all(row["response"] == says("C", row["messages"]) for row in made)
+    for critique, *refined in (made[start : start + 3] for start in range(0, 9, 3)):
+        parts = critique["response"].split("\n")[1::2]
+        assert [
+            f"<critique>\n{part}\n</critique>" in row["messages"][0]["content"]
+            for row, part in zip(refined, parts, strict=True)
+        ] == [True, True]
+    finals = {row["response"] for row in made if row["step"] == "refine"}
+    assert {row["response"] for row in rows(tmp_path / "answers.jsonl")} <= finals
+
+
 def test_a_dry_run_tells_what_is_asked(fake: Fake, tmp_path: Path) -> None:
     for number, layers in enumerate((MOA, [*MOA[:1], {"step": "fuse", "model": "a", "window": 2}], ARCHON)):
         recipe = place(tmp_path / str(number), fake.url, layers, samples=2)
