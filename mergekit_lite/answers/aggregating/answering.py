@@ -107,7 +107,8 @@ def answer(
         recipe: a YAML file; see docs/answer.md.
         output: the file of the answers, ``.jsonl``.
         limit: most prompts that are answered.
-        rows: write ``NAME.rows.jsonl`` as well, on which a model can learn to aggregate (AFT).
+        rows: write ``NAME.rows.jsonl`` as well, on which a model can learn to aggregate (AFT); one that is there from
+            before is made anew in any case.
         skip_missing: go on without drafts that a model fails to give, and without prompts that can't be answered.
         reports: gets results, warnings and progress; by default nothing is shown.
 
@@ -176,9 +177,12 @@ def carry_out(prepared: Prepared, reports: Reports, *, rows: bool = False, skip_
     write_rows(prepared.output, answers)
     if cut := sum("cut" in row for row in answers):
         reports.warn(f"{counted(cut, 'answer')} of {len(answers):,} cut at max_tokens")
-    written = list(_aggregator_rows(found)) if rows else []
-    if rows:
+    stale = not rows and prepared.rows.exists()  # of the answers that were there before
+    written = list(_aggregator_rows(found)) if rows or stale else []
+    if rows or written:
         write_rows(prepared.rows, written)
+    elif stale:
+        prepared.rows.unlink()
     return Answered(prepared, len(found.answered), len(written), dict(found.asked), tuple(found.missing))
 
 
