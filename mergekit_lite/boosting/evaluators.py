@@ -163,6 +163,7 @@ def evaluator_of(prepared: Prepared, seat: Seat = ONLY, measures: bool = True) -
                     _likelihoods(prepared, resident, LOG_RATIO in kinds),
                     max(ANSWERS_AT_ONCE, request.batch_size),
                     prepared.portion if request.serve_command is None else None,
+                    prepared.family.baseline if prepared.settings.head_to_head else None,
                 )
             )
         if PAIRS in kinds:

@@ -16,6 +16,7 @@ import xxhash
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
+from mergekit_lite.answers.scoring.rivals import meets_rivals
 from mergekit_lite.answers.serving import serve_words
 from mergekit_lite.boosting.candidates.family import (
     Family,
@@ -214,6 +215,7 @@ def prepare(request: Request) -> Prepared:
         held_out=request.held_out,
         batch=together // math.gcd(together, request.samples),
         stop_early=request.stop_early,
+        head_to_head=tuple(one.name for one in scores if one.scorer is not None and meets_rivals(one.scorer)),
     )
     search = request.search or ("bracket" if can_bracket(family) else "tpe")
     searcher = _searcher(request, search, family, settings)

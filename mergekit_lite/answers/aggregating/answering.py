@@ -111,7 +111,7 @@ def answer(
         output: the file of the answers, ``.jsonl``.
         limit: most prompts that are answered.
         rows: write ``NAME.rows.jsonl`` as well, on which a model can learn to aggregate (AFT), or to criticise and
-            refine (SRT).
+            refine (SRT); one that is there from before is made anew in any case.
         skip_missing: go on without drafts that a model fails to give, and without prompts that can't be answered.
         ray: have models that answer in this process answer on the machines of a Ray cluster instead: ``auto``,
             ``HOST:PORT`` or ``local:N``.
@@ -216,9 +216,12 @@ def carry_out(prepared: ToAnswer, reports: Reports, *, rows: bool = False, skip_
     write_answers(prepared, found)
     if cut := cut_in(found):
         reports.warn(f"{counted(cut, 'answer')} of {len(found.answered):,} cut at max_tokens")
-    written = list(_taught_rows(found)) if rows else []
-    if rows:
+    stale = not rows and prepared.rows.exists()  # of the answers that were there before
+    written = list(_taught_rows(found)) if rows or stale else []
+    if rows or written:
         write_rows(prepared.rows, written)
+    elif stale:
+        prepared.rows.unlink()
     return Answered(prepared, len(found.answered), len(written), dict(found.asked), tuple(found.missing))
 
 

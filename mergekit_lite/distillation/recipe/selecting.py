@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_lite.answers.asked_model import wrong_model
 from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, not_named, one_origin
+from mergekit_lite.answers.scoring.rivals import meets_rivals
 from mergekit_lite.distillation.recipe.choosing import ChosenPrompts, Combined, Embedded, Magpie, Nearest, Written
 from mergekit_lite.distillation.recipe.schema import UNSCORED, Pairing, PairingRules, Recipe
 
@@ -155,6 +156,13 @@ def selections(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Proble
         if own.sft_rows.selects and not any(map(_has_sft, heirs)):
             yield Problem((*at, "sft_rows"), "'sft_rows' has no effect here: with sft_share 0 there are none")
         yield from _sft_rows(recipe, pairing, (*at, "sft_rows"))
+    if pairing.needs_target and pairing.answers == "all" and recipe.train.before_preference is not None:
+        for name in (each.name for each in recipe.scorers if each.name in pairing.ranking and meets_rivals(each)):
+            text = (
+                f"{name!r} scores an answer among its rivals, sources' among sources' and the target's among its own: "
+                "such scores don't rank together. Take `answers: target`, or leave out the training before"
+            )
+            yield Problem((*at, "answers") if "answers" in own.model_fields_set else at, text)
 
 
 def _idle_rip(pairing: Pairing) -> str:

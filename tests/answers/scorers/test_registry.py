@@ -19,6 +19,7 @@ from tests.answers.scorers.asked import judged
 
 DOCS = Path(__file__).parents[3] / "docs"
 SOUND: dict[str, dict[str, Any]] = {
+    "pair_rm": {"model": "pr"},
     "reward": {"model": "rm"},
     "maths": {},
     "code": {"allow_code": True},
