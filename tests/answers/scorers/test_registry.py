@@ -24,6 +24,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "maths": {},
     "code": {"allow_code": True},
     "judge": {"model": "m", "server": "http://127.0.0.1:9/v1"},
+    "prompt_judge": {"model": "m", "server": "http://127.0.0.1:9/v1"},
     "pairwise": {"model": "m", "server": "http://127.0.0.1:9/v1"},
     "log_ratio": {"strong": "a", "weak": "b"},
     "exact": {},
