@@ -268,7 +268,7 @@ def test_thoughts_stay_out_of_drafts(fake: Fake, tmp_path: Path) -> None:
     assert not any("Secret" in str(body["messages"]) for body in fake.bodies)
     fake.reply = lambda body: "<think>\nSecret." if body["model"] == "B" else reply(body)
     code, _, error = answer(place(tmp_path / "cut", fake.url, layers))
-    assert code == 1 and "a reply that is blank, or thoughts alone: raise max_tokens (3×" in error
+    assert code == 1 and "a reply that is blank, or thoughts alone: raise max_tokens, or take another seed (3×" in error
 
 
 def test_rows_teach_to_aggregate(fake: Fake, tmp_path: Path) -> None:
