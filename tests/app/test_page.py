@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,16 @@ PROGRAM = "from mergekit_lite.commands import start; start()"
 class Server:
     """The command ``app`` in a process."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, program: Sequence[str] = (), **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-c", PROGRAM, "app", "--root", str(root), "--port", str(self.port)]
+        command = program or ("-c", PROGRAM, "app", "--root", str(root))
         self.address = f"http://127.0.0.1:{self.port}/"
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, *command, "--port", str(self.port)],
+            env=os.environ | environment, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         assert self.process.stdout is not None and self.process.stdout.readline().startswith("http://")
         until = time.monotonic() + WAIT / 1000
         while True:

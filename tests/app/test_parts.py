@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mergekit_lite.commands.app.guard import MOST_BYTES, Guard
 from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import planned, shown, tree_of
+from mergekit_lite.commands.app.runs import ask
 from mergekit_lite.errors import UsageError
 from tests.models import state, tuned, write_folder
 
@@ -131,7 +133,7 @@ def test_numbers_beyond_a_range_are_kept() -> None:
     assert numbers(tree_of(text))[0].least == -3
 
 
-def answer(path: str = "/config", method: str = "GET", **headers: str) -> int:
+def answer(path: str = "/config", method: str = "GET", space: Collection[str] = (), **headers: str) -> int:
     """The status of a request, 200 where it got through."""
     told: list[int] = []
 
@@ -145,7 +147,7 @@ def answer(path: str = "/config", method: str = "GET", **headers: str) -> int:
     given = {"host": "127.0.0.1:7860"} | {name.replace("_", "-"): value for name, value in headers.items()}
     scope = {"type": "http", "path": path, "method": method,
              "headers": [(name.encode(), value.encode()) for name, value in given.items()]}  # fmt: skip
-    asyncio.run(Guard(inner, 7860)(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(Guard(inner, 7860, space)(scope, None, send))  # type: ignore[arg-type]
     return told[0]
 
 
@@ -173,3 +175,10 @@ def test_the_page_itself_is_answered() -> None:
 )
 def test_nothing_else_is(status: int, path: str, headers: dict[str, str]) -> None:
     assert answer(path, **headers) == status
+
+
+def test_no_module_comes_from_the_folder_of_the_models(places: Places) -> None:
+    """A stranger's model may have files that are named as modules, and commands are run in the folder of models."""
+    for name in ("json", "numpy", "torch", "safetensors", "mergekit_lite", "yaml"):
+        (places.root / f"{name}.py").write_text("raise SystemExit('code of a model was run')")
+    assert "9 tensors" in ask(places.root, ["inspect", "./base"])

@@ -7,8 +7,10 @@ from pathlib import Path
 import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.app.public import public_runs
 from mergekit_lite.commands.app.runs import Runs
 from mergekit_lite.commands.app.tabs.models import models_tab
+from mergekit_lite.commands.app.tabs.public import public_models_tab, public_run_tab
 from mergekit_lite.commands.app.tabs.recipe import recipe_tab
 from mergekit_lite.commands.app.tabs.run import run_tab
 from mergekit_lite.pages.html import element
@@ -19,14 +21,20 @@ STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 def page(places: Places) -> gr.Blocks:
     """Return the page for the models in some places."""
-    runs = Runs(places.root)
+    runs = public_runs(places.root) if places.is_public else Runs(places.root)
     blocks = gr.Blocks(title="mergekit-lite", analytics_enabled=False, fill_width=False)
     with blocks:
         gr.HTML(element("h1", "mergekit-lite"))
         with gr.Tab("Models"):
-            models_tab(places)
+            if places.is_public:
+                public_models_tab(places)
+            else:
+                models_tab(places)
         with gr.Tab("Recipe", id="recipe"):
             text = recipe_tab(blocks, places, runs)
         with gr.Tab("Run"):
-            run_tab(places, runs, text)
+            if places.is_public:
+                public_run_tab(places, runs, text)
+            else:
+                run_tab(places, runs, text)
     return blocks

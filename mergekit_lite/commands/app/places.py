@@ -33,6 +33,7 @@ class Places:
 
     root: Path
     cache: Path
+    is_public = False  # whether anybody may use the page (public.py)
 
     def may_read(self, path: Path) -> bool:
         """Whether a path, with all links followed, lies below the root or in the cache."""

@@ -73,8 +73,10 @@ def tree_of(text: str) -> Node | None:
 
 def shown(result: Planned) -> Markup:
     """Return a plan, or what is wrong, as HTML."""
-    if result.plan is None:
+    if result.problems:
         return element("div", *_problems(result), class_="problems", role="status")
+    if result.plan is None:
+        return element("p", "✓ Nothing is wrong in the text itself.", class_="sound", role="status")
     return element("div", *_plan(result.plan, result.notes), class_="plan", role="status")
 
 

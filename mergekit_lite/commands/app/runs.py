@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from mergekit_lite.input_files import read_text
 from mergekit_lite.plain_text import plain
 
 FOLDER = ".mergekit-lite-app"
-PROGRAM = (sys.executable, "-m", "mergekit_lite.commands.app.child")
+# Modules come from where this one came from, never from the folder of the models, in which commands are run.
+PATHS = [str(Path(__file__).parents[3]), *(path for path in sys.path if Path(path).is_absolute())]
+PROGRAM = (sys.executable, "-c", f"import sys; sys.path[:] = {PATHS}; from {__package__}.child import start; start()")
 MOST_SAID = 100_000  # characters of what a command said, from its end
 PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
 
@@ -75,16 +78,19 @@ class State:
 class Runs:
     """The latest run in a root."""
 
-    def __init__(self, root: Path) -> None:
-        """Look at what a server before left in ``root``."""
+    def __init__(self, root: Path, options: Sequence[str] = (), seconds: float | None = None) -> None:
+        """Look at what a server before left in ``root``; runs get these options, and are killed after so long."""
         self.root = root
+        self.options = options
+        self.seconds = seconds
         self.folder = root / FOLDER
         self._starting = threading.Lock()
+        self._follower = threading.Thread()  # sees the run that this server started to its end
 
     def start(self, text: str, output: str) -> None:
         """Merge as a recipe's text says. Raises UsageError where a run goes on already."""
         recipe = f"{FOLDER}/{output}.yml"
-        self._launch(["merge", recipe, "-o", output], output, text)
+        self._launch(["merge", recipe, "-o", output, *self.options], output, text)
 
     def resume(self) -> None:
         """Go on with the latest run. Raises UsageError where it goes on already, or nothing is left of it."""
@@ -137,7 +143,16 @@ class Runs:
                 new.replace(self.folder / "run.json")
             finally:
                 os.close(lock)  # the process has it
-            threading.Thread(target=process.wait, daemon=True).start()  # so that it doesn't stay as a zombie
+            self._follower = threading.Thread(target=self._follow, args=(process,), daemon=True)
+            self._follower.start()
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> None:
+        """See a run to its end, so that it doesn't stay as a zombie, or end it when its time is over."""
+        try:
+            process.wait(self.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def _lock(self, kind: int = fcntl.LOCK_EX) -> int | None:
         """Return the open file of the lock, held; None where a run holds it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mergekit_lite.commands.app.places import Places
@@ -16,12 +16,14 @@ def on(event: Callable[..., Any], function: Callable[..., Any], inputs: Any, out
     return event(function, inputs, outputs, api_visibility="private", **options)
 
 
-def asked(places: Places, arguments: list[str], references: list[str], more: list[str] | None = None) -> Markup:
+def asked(
+    places: Places, arguments: list[str], references: list[str], more: Sequence[str] = (), seconds: float = 600
+) -> Markup:
     """Return what a command says, under the command itself."""
     if problems := [why for reference in references if (why := places.refusal(reference))]:
         return refusal("\n".join(problems))
     try:
-        said = ask(places.root, [*arguments, *(more or [])])
+        said = ask(places.root, [*arguments, *more], seconds)
     except MergekitLiteError as error:
         said = str(error)
     return element("div", element("code", shown_command(arguments)), element("pre", said, tabindex="0"))

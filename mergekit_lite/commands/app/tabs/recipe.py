@@ -12,8 +12,10 @@ import gradio as gr
 from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import Planned, planned, shown, tree_of
+from mergekit_lite.commands.app.public import checked
 from mergekit_lite.commands.app.runs import Runs
 from mergekit_lite.commands.app.tabs.parts import listed, on, refusal
+from mergekit_lite.commands.app.tabs.public import public_plan
 from mergekit_lite.commands.prediction import headline, not_predicted, predicted
 from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.yaml_document import text_of
@@ -58,10 +60,11 @@ def recipe_tab(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
         with gr.Column(min_width=300):
             told = gr.HTML(elem_id="plan")
             time = gr.HTML(elem_id="time")
-            predict = gr.Button("How long would it take?", elem_id="predict")
+            asks = "Plan" if places.is_public else "How long would it take?"
+            predict = gr.Button(asks, elem_id="predict")
 
     def replanned(written: str) -> list[Any]:
-        result = planned(written, "merged", places)
+        result = checked(written, places) if places.is_public else planned(written, "merged", places)
         return [listed([shown(result), _marks(result)]), "", *_moved(result)]
 
     def moved(number: int) -> Callable[[str, float], str]:
@@ -84,7 +87,7 @@ def recipe_tab(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
     for number, slider in enumerate(sliders):
         on(slider.input, moved(number), [text, slider], text, **quick)
     on(template.input, lambda name: known[name].read_text(encoding="utf-8"), template, text)
-    on(predict.click, timed, text, time)
+    on(predict.click, (lambda written: public_plan(places, written)) if places.is_public else timed, text, time)
     return text
 
 
@@ -93,7 +96,8 @@ def _latest(places: Places, runs: Runs) -> str:
     path = runs.folder / f"{runs.state().output}.yml"
     if path.is_file():
         return text_of(path)
-    models = [*filter(PLAIN.fullmatch, places.models()), "./first", "./second"]
+    where = "org" if places.is_public else "."
+    models = [*filter(PLAIN.fullmatch, places.models()), f"{where}/first", f"{where}/second"]
     return FIRST.format(*models)
 
 

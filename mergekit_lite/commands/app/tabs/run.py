@@ -35,7 +35,7 @@ def run_tab(places: Places, runs: Runs, text: gr.Code) -> None:
     def look() -> list[Any]:
         state = runs.state()
         usable = (state.kind != "running", state.kind == "running", state.kind == "stopped", state.kind == "done")
-        return [_state(places, state), *(gr.Button(interactive=each) for each in usable)]
+        return [shown_state(places, state), *(gr.Button(interactive=each) for each in usable)]
 
     def started(written: str, name: str) -> list[Any]:
         result = None
@@ -70,7 +70,7 @@ def run_tab(places: Places, runs: Runs, text: gr.Code) -> None:
     on(gr.Timer(TICK).tick, look, None, now, show_progress="hidden")
 
 
-def _state(places: Places, state: State) -> Markup:
+def shown_state(places: Places, state: State) -> Markup:
     """Return how a run stands as HTML: the command, a bar, what it said, and the card of what it made."""
     if state.kind == "none":
         return element("p", "Nothing was run yet.")
