@@ -251,3 +251,20 @@ def halted(root: Path, spans: int) -> int:
     os.killpg(group, signal.SIGSTOP)
     assert not (root / "stopped").exists()
     return int(group)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "http://127.0.0.1:9/file"])
+def test_a_request_names_no_file(server: Server, path: str) -> None:
+    """Gradio would copy what a request names, or fetch it, before any function of the page is called."""
+    with urllib.request.urlopen(f"{server.address}config") as answer:
+        events = json.load(answer)["dependencies"]
+    event = next(each["id"] for each in events if each["inputs"])
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    for number, data in enumerate((file, [file], {"value": [file]})):
+        session = f"session-{path[-4:]}-{number}"
+        asked = json.dumps({"data": [data], "fn_index": event, "session_hash": session}).encode()
+        join = f"{server.address}gradio_api/queue/join"
+        urllib.request.urlopen(urllib.request.Request(join, asked, {"Content-Type": "application/json"})).close()
+        with urllib.request.urlopen(f"{server.address}gradio_api/queue/data?session_hash={session}") as told:
+            (last,) = (line for line in told if b"process_completed" in line)
+        assert b"takes no files" in last

@@ -41,12 +41,14 @@ class Guard:
         self.policy = f"{POLICY} {HUB}" if space else POLICY
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 403, 404 or 413."""
+        """Pass a request on, or answer 403, 404 or 413; the page has no WebSockets."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        status = self.refusal(scope) if scope["type"] == "http" else 403
-        if status:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if status := self.refusal(scope):
             await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"This page answers its own requests alone."})
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -19,10 +20,30 @@ THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
+class Page(gr.Blocks):
+    """Blocks that take no files.
+
+    Gradio copies each file that a request names into its own folder, any file that this process may read where the page
+    is mounted on a server, and fetches what it names by an address.
+    """
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *others: Any, **more: Any) -> Any:
+        """Do as Gradio does, but for files."""
+        if _names_file(inputs):
+            raise gr.Error("This page takes no files.")
+        return await super().preprocess_data(block_fn, inputs, *others, **more)
+
+
+def _names_file(data: object) -> bool:
+    if isinstance(data, dict):
+        return "meta" in data or any(map(_names_file, data.values()))
+    return isinstance(data, list) and any(map(_names_file, data))
+
+
 def page(places: Places) -> gr.Blocks:
     """Return the page for the models in some places."""
     runs = public_runs(places.root) if places.is_public else Runs(places.root)
-    blocks = gr.Blocks(title="mergekit-lite", analytics_enabled=False, fill_width=False)
+    blocks = Page(title="mergekit-lite", analytics_enabled=False, fill_width=False)
     with blocks:
         gr.HTML(element("h1", "mergekit-lite"))
         with gr.Tab("Models"):
