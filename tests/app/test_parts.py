@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from mergekit_lite.commands.app.guard import MOST_BYTES, Guard
 from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import planned, shown, tree_of
-from mergekit_lite.commands.app.runs import ask
+from mergekit_lite.commands.app.runs import FOLDER, Runs, ask
 from mergekit_lite.errors import UsageError
 from tests.models import state, tuned, write_folder
 
@@ -84,6 +86,18 @@ def test_no_reference_leads_out(places: Places, reference: str) -> None:
     reference = reference.format(out=out)
     ((line, said),) = problems(TIES.replace("./math", f'"{reference}"'), places)
     assert line == 4 and ("leads out" in said or "elsewhere" in said), said
+
+
+@pytest.mark.parametrize("pattern", ["li*/step-*", "./l[i]nk/step-1", "runs/*", "../secret*"])
+def test_no_pattern_leads_out(places: Places, pattern: str) -> None:
+    """Neither what fits it, nor what lies in that."""
+    secret = places.root.parent / "secret"
+    write_folder(secret / "step-1", state(1))
+    (places.root / "link").symlink_to(secret)
+    (places.root / "runs").mkdir()
+    (places.root / "runs" / "step-1").symlink_to(secret / "step-1")
+    text = TIES.replace("  - model: ./math\n", f"  - run: {pattern}\n")
+    assert any(at == 4 and "leads out" in said for at, said in problems(text, places)), problems(text, places)
 
 
 @pytest.mark.parametrize("key", ["run", "statistics", "tokenizer_source"])
@@ -182,3 +196,40 @@ def test_no_module_comes_from_the_folder_of_the_models(places: Places) -> None:
     for name in ("json", "numpy", "torch", "safetensors", "mergekit_lite", "yaml"):
         (places.root / f"{name}.py").write_text("raise SystemExit('code of a model was run')")
     assert "9 tensors" in ask(places.root, ["inspect", "./base"])
+
+
+@pytest.mark.parametrize("odd", ["open", "link", "damaged", "odd"])
+def test_a_run_that_a_stranger_wrote_down_is_none(places: Places, odd: str) -> None:
+    """A folder of models from elsewhere may bring a folder of the page's name, with any command to resume."""
+    record = {"arguments": ["distill", "run", "rule.yaml"], "output": "base", "process": 1}
+    written = {"damaged": '{"arguments": [', "odd": "[]"}.get(odd, json.dumps(record))
+    folder = places.root / FOLDER
+    made = places.root.parent / "elsewhere" if odd == "link" else folder
+    made.mkdir(mode=0o755 if odd == "open" else 0o700)
+    (made / "run.json").write_text(written)
+    if odd == "link":
+        folder.symlink_to(made)
+    runs = Runs(places.root)
+    assert runs.state().kind == "none"
+    with pytest.raises(UsageError, match="no run that was stopped"):
+        runs.resume()
+    if odd in ("open", "link"):
+        with pytest.raises(UsageError, match="not made by this page"):
+            runs.start(TIES, "merged")
+
+
+def test_where_nothing_can_be_written_it_is_said(places: Places) -> None:
+    (places.root / FOLDER).mkdir(mode=0o700)
+    (places.root / FOLDER / "merged.yml").symlink_to("/dev/full")
+    with pytest.raises(UsageError, match="No space left on device"):
+        Runs(places.root).start(TIES, "merged")
+    assert Runs(places.root).state().kind == "none"
+
+
+def test_names_that_can_not_be_shown_stop_no_page(places: Places) -> None:
+    """Names that are no UTF-8, of two lines, or that turn the direction of text; the nearest models come first."""
+    for name in (b"bad\xff", b"two\nlines", "\u202ertl".encode()):
+        write_folder(places.root / os.fsdecode(name), state(0))
+    write_folder(places.root / "a" / "b", state(0))
+    assert places.models() == ["./base", "./code", "./math", "./a/b"]
+    json.dumps(places.models()).encode("utf-8")

@@ -56,7 +56,7 @@ models:
 def places(tmp_path: Path) -> Places:
     root = tmp_path / "root"
     (root / OUTPUT).mkdir(parents=True)
-    (root / FOLDER).mkdir()
+    (root / FOLDER).mkdir(mode=0o700)
     return PublicPlaces(root, root)
 
 

@@ -13,16 +13,17 @@ import os
 import re
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.input_files import read_text
 from mergekit_lite.plain_text import plain
 
@@ -75,6 +76,26 @@ class State:
     said: str = ""
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder is the page's own: this user's, closed to others, no link.
+
+    What a stranger put beside models under its name is neither shown nor gone on with: a run has any command.
+    """
+    with suppress(OSError):
+        found = folder.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    return False
+
+
+@contextmanager
+def telling(folder: Path) -> Iterator[None]:
+    """Raise UsageError where what a run needs can't be written to its folder: no room, no right, no folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{folder} can't be written to: {error.strerror}. Nothing was started.") from None
+
+
 class Runs:
     """The latest run in a root."""
 
@@ -124,8 +145,10 @@ class Runs:
 
     def _launch(self, arguments: list[str], output: str, text: str | None = None) -> None:
         """Start a command with the lock in its hands, after the recipe's text was written if there is one."""
-        with self._starting:
+        with self._starting, telling(self.folder):
             self.folder.mkdir(mode=0o700, exist_ok=True)
+            if not is_own(self.folder):
+                raise UsageError(f"{self.folder} was not made by this page, or is open to others: remove it.")
             lock = self._lock()
             if lock is None:
                 raise UsageError("A run goes on: wait for its end, or stop it.")
@@ -156,7 +179,10 @@ class Runs:
 
     def _lock(self, kind: int = fcntl.LOCK_EX) -> int | None:
         """Return the open file of the lock, held; None where a run holds it."""
-        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.folder / "lock"
+        if kind == fcntl.LOCK_SH and not path.exists():
+            path = self.folder  # no run was started yet; on a disk that can't be written to it stays so
+        lock = os.open(path, os.O_RDONLY if kind == fcntl.LOCK_SH else os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -165,7 +191,7 @@ class Runs:
         return lock
 
     def _is_locked(self) -> bool:
-        if not self.folder.is_dir():
+        if not is_own(self.folder):
             return False
         with self._starting:
             lock = self._lock(fcntl.LOCK_SH)
@@ -175,8 +201,13 @@ class Runs:
 
     def _record(self) -> dict[str, Any]:
         path = self.folder / "run.json"
-        record: dict[str, Any] = json.loads(read_text(path, MOST_SAID)) if path.exists() else {}
-        return record
+        if not (is_own(self.folder) and path.exists()):
+            return {}
+        try:
+            record = json.loads(read_text(path, MOST_SAID))
+        except (MergekitLiteError, ValueError):  # damaged, as by a power cut
+            return {}
+        return record if isinstance(record, dict) else {}
 
     def _said(self) -> tuple[str, float | None, str]:
         """Return what the command said without its progress, and the last of that as a share and in words."""
