@@ -39,6 +39,19 @@ models:
 """
 RIGHT = WRONG.replace("weigth", "weight")
 HOSTILE = "model.layers.0.<img src=x onerror=document.title='hit'>${1+1}{{value}}.weight"
+# Of a text to what is behind it, as WCAG 2 reckons it.
+CONTRAST = """element => {
+    const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+    let behind = element;
+    while (parts(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+    const light = colour => {
+        const even = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
+        const [r, g, b] = parts(colour).map(x => even(x / 255));
+        return .2126 * r + .7152 * g + .0722 * b + .05;
+    };
+    const both = [light(getComputedStyle(element).color), light(getComputedStyle(behind).backgroundColor)];
+    return Math.max(...both) / Math.min(...both);
+}"""
 PROGRAM = "from mergekit_lite.commands import start; start()"
 
 
@@ -210,6 +223,8 @@ def test_it_fits_a_narrow_window(browser: Any, server: Server, scheme: str) -> N
         for name in ("Models", "Recipe", "Run"):
             page.get_by_role("tab", name=name).click()
             assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
+            for text in page.locator(".info-text:visible, button.lg:visible:enabled, #plan p:visible").all():
+                assert text.evaluate(CONTRAST) >= 4.5, (name, text.inner_text())  # WCAG 2, 1.4.3
         light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert light == (scheme == "light")
 

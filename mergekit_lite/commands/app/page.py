@@ -16,7 +16,9 @@ from mergekit_lite.commands.app.tabs.recipe import recipe_tab
 from mergekit_lite.commands.app.tabs.run import run_tab
 from mergekit_lite.pages.html import element
 
-THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+    button_primary_background_fill="*primary_600"  # of a contrast in which its text can be read
+)
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
