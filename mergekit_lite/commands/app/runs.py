@@ -13,22 +13,25 @@ import os
 import re
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.input_files import read_text
 from mergekit_lite.plain_text import plain
 
 FOLDER = ".mergekit-lite-app"
-PROGRAM = (sys.executable, "-m", "mergekit_lite.commands.app.child")
+# Modules come from where this one came from, never from the folder of the models, in which commands are run.
+PATHS = [str(Path(__file__).parents[3]), *(path for path in sys.path if Path(path).is_absolute())]
+PROGRAM = (sys.executable, "-c", f"import sys; sys.path[:] = {PATHS}; from {__package__}.child import start; start()")
 MOST_SAID = 100_000  # characters of what a command said, from its end
 PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
 
@@ -98,29 +101,71 @@ class State:
     said: str = ""
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder is the page's own: this user's, closed to others, no link.
+
+    What a stranger put beside models under its name is neither shown nor gone on with: a run has any command.
+    """
+    with suppress(OSError):
+        found = folder.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    return False
+
+
+@contextmanager
+def telling(folder: Path) -> Iterator[None]:
+    """Raise UsageError where what a run needs can't be written to its folder: no room, no right, no folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{folder} can't be written to: {error.strerror}. Nothing was started.") from None
+
+
+def _given(output: str, outputs: Sequence[str]) -> str:
+    """Return what ``-o`` is for a folder of that name, or for several whose names begin so."""
+    return output if list(outputs) == [output] else f"{output}-{{name}}"
+
+
 class Runs:
     """The latest run in a root."""
 
-    def __init__(self, root: Path, online: Mapping[str, str]) -> None:
-        """Look at what a server before left in ``root``; runs that read from the hub get some variables for that."""
+    def __init__(
+        self,
+        root: Path,
+        options: Sequence[str] = (),
+        seconds: float | None = None,
+        online: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Look at what a server before left in ``root``.
+
+        Runs get these options, and are killed after so long. Those that read from the hub get some variables for that.
+        """
         self.root = root
+        self.options = options
+        self.seconds = seconds
         self.online = online
         self.folder = root / FOLDER
         self._starting = threading.Lock()
+        self._follower = threading.Thread()  # sees the run that this server started to its end
 
-    def start(self, text: str, output: str, outputs: Sequence[str], *, streamed: bool = False) -> None:
-        """Merge as a recipe's text says, to folders of an output's name or of names that begin so.
+    def start(self, text: str, output: str, outputs: Sequence[str] = (), *, streamed: bool = False) -> None:
+        """Merge as a recipe's text says, to a folder of an output's name, or to ``outputs`` whose names begin so.
 
         ``streamed``: models of the hub are read by range. Raises UsageError where a run goes on already.
         """
-        given = output if list(outputs) == [output] else f"{output}-{{name}}"
-        arguments = ["merge", f"{FOLDER}/{output}.yml", "-o", given, *["--stream"] * streamed]
+        outputs = outputs or [output]
+        given = _given(output, outputs)
+        arguments = ["merge", f"{FOLDER}/{output}.yml", "-o", given, *self.options, *["--stream"] * streamed]
         self._launch(arguments, output, outputs, text)
 
     def keep(self, text: str) -> str:
-        """Keep the text of a recipe that is only looked at, and return the file's name; no output's is that."""
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-        (self.folder / ".planned.yml").write_text(text, encoding="utf-8", newline="")
+        """Keep the text of a recipe that is only looked at, and return the file's name, which no output has.
+
+        Raises UsageError as ``start``.
+        """
+        with telling(self.folder):
+            self._make_folder()
+            (self.folder / ".planned.yml").write_text(text, encoding="utf-8", newline="")
         return f"{FOLDER}/.planned.yml"
 
     def resume(self) -> None:
@@ -144,7 +189,8 @@ class Runs:
         record = self._record()
         if not record:
             return State("none")
-        output, outputs, arguments = record["output"], tuple(record["outputs"]), tuple(record["arguments"])
+        output, arguments = record["output"], tuple(record["arguments"])
+        outputs = tuple(record.get("outputs", [output]))
         path = self.folder / "said"
         told = said_in(path.read_bytes() if path.exists() else b"")
         state = State("running", output, outputs, arguments, told.share, told.progress, told.text)
@@ -156,14 +202,17 @@ class Runs:
 
     def _is_begun(self, state: State) -> bool:
         """Whether a run that isn't done left something to go on with."""
-        given = state.arguments[state.arguments.index("-o") + 1]
-        left = (f".{given}.documents", *state.outputs, *(f".{each}.partial" for each in state.outputs))
+        left = (
+            f".{_given(state.output, state.outputs)}.documents",
+            *state.outputs,
+            *(f".{each}.partial" for each in state.outputs),
+        )
         return any((self.root / each).exists() for each in left)
 
-    def _launch(self, arguments: list[str], output: str, outputs: Sequence[str], text: str | None = None) -> None:
+    def _launch(self, arguments: list[str], output: str, outputs: Sequence[str] = (), text: str | None = None) -> None:
         """Start a command with the lock in its hands, after the recipe's text was written if there is one."""
-        with self._starting:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+        with self._starting, telling(self.folder):
+            self._make_folder()
             lock = self._lock()
             if lock is None:
                 raise UsageError("A run goes on: wait for its end, or stop it.")
@@ -176,17 +225,39 @@ class Runs:
                         stderr=subprocess.STDOUT, pass_fds=[lock], start_new_session=True,
                         env=os.environ | (self.online if "--stream" in arguments else {}),
                     )  # fmt: skip
-                record = {"arguments": arguments, "output": output, "outputs": [*outputs], "process": process.pid}
+                record = {
+                    "arguments": arguments,
+                    "output": output,
+                    "outputs": [*(outputs or [output])],
+                    "process": process.pid,
+                }
                 new = self.folder / "run.json.new"
                 new.write_text(json.dumps(record), encoding="utf-8")
                 new.replace(self.folder / "run.json")
             finally:
                 os.close(lock)  # the process has it
-            threading.Thread(target=process.wait, daemon=True).start()  # so that it doesn't stay as a zombie
+            self._follower = threading.Thread(target=self._follow, args=(process,), daemon=True)
+            self._follower.start()
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> None:
+        """See a run to its end, so that it doesn't stay as a zombie, or end it when its time is over."""
+        try:
+            process.wait(self.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        if not is_own(self.folder):
+            raise UsageError(f"{self.folder} was not made by this page, or is open to others: remove it.")
 
     def _lock(self, kind: int = fcntl.LOCK_EX) -> int | None:
         """Return the open file of the lock, held; None where a run holds it."""
-        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.folder / "lock"
+        if kind == fcntl.LOCK_SH and not path.exists():
+            path = self.folder  # no run was started yet; on a disk that can't be written to it stays so
+        lock = os.open(path, os.O_RDONLY if kind == fcntl.LOCK_SH else os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -195,7 +266,7 @@ class Runs:
         return lock
 
     def _is_locked(self) -> bool:
-        if not self.folder.is_dir():
+        if not is_own(self.folder):
             return False
         with self._starting:
             lock = self._lock(fcntl.LOCK_SH)
@@ -205,5 +276,10 @@ class Runs:
 
     def _record(self) -> dict[str, Any]:
         path = self.folder / "run.json"
-        record: dict[str, Any] = json.loads(read_text(path, MOST_SAID)) if path.exists() else {}
-        return record
+        if not (is_own(self.folder) and path.exists()):
+            return {}
+        try:
+            record = json.loads(read_text(path, MOST_SAID))
+        except (MergekitLiteError, ValueError):  # damaged, as by a power cut
+            return {}
+        return record if isinstance(record, dict) else {}
