@@ -14,7 +14,7 @@ from mergekit_lite.commands.app.curves import curves
 from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.pace import Pace
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.planned import checked, planned, shown, tree_of
+from mergekit_lite.commands.app.planned import documents_by_range, planned, shown, tree_of
 from mergekit_lite.commands.app.tabs.recipe import templates
 from mergekit_lite.recipe import RecipeError
 from mergekit_lite.recipe.documents import parse_documents
@@ -216,8 +216,8 @@ def test_models_of_the_hub_are_known_by_their_names(places: Places) -> None:
     tree = tree_of(text)
     assert tree is not None and list(places.of_hub(tree)) == ["org/math", "org/base@main"]
     assert [line for line, _ in planned(text, "merged", places).problems] == [4, 8]
-    assert [document.name for document in checked(text, places)] == ["stem", ""]
+    assert [document.name for document in documents_by_range(text, places)] == ["stem", ""]
     with pytest.raises(RecipeError, match="leads out"):
-        checked(text.replace("./code", "../secret"), places)
+        documents_by_range(text.replace("./code", "../secret"), places)
     (places.root / "org" / "math").mkdir(parents=True)  # what is here is no repository
     assert list(places.of_hub(tree)) == ["org/base@main"]

@@ -7,10 +7,13 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import takewhile
 from pathlib import Path
 
 from mergekit_lite.checkpoint import hub
 from mergekit_lite.errors import CheckpointError, UsageError, nearest
+from mergekit_lite.plain_text import is_plain_line
 from mergekit_lite.recipe.documents import document_in
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar
 
@@ -35,6 +38,7 @@ class Places:
 
     root: Path
     cache: Path
+    is_public = False  # whether anybody may use the page (public.py)
 
     def may_read(self, path: Path) -> bool:
         """Whether a path, with all links followed, lies below the root or in the cache."""
@@ -51,14 +55,21 @@ class Places:
             return f"{reference!r} is elsewhere: the page reads folders below its root, and the cache of the hub"
         for part in _paths(reference):
             try:
-                path = self.root / part
-                inside = list(path.iterdir()) if path.is_dir() else []
-                if part.startswith("~") or not all(map(self.may_read, (path, *inside))):
+                if part.startswith("~") or not all(map(self.may_read, self._meant(part))):
                     return f"{part!r} leads out of {self.root}, the root of this page: start it with another --root"
             except (OSError, ValueError, RuntimeError) as error:  # no access; a NUL byte; links in a circle
                 if getattr(error, "errno", None) != errno.ENAMETOOLONG:  # no path at all, as a chat template
                     return f"{part!r} can't be read: {error}"
         return ""
+
+    def _meant(self, part: str) -> Iterator[Path]:
+        """Yield what a path means: itself and what lies in it, or where a pattern begins, and all that fits it."""
+        fixed = Path(*takewhile(lambda name: not has_magic(name), Path(part).parts))
+        yield self.root / fixed
+        # Path.glob takes no pattern that begins at the root
+        names = glob(part, root_dir=self.root) if has_magic(part) else [part]  # noqa: PTH207
+        for path in map(self.root.joinpath, names):
+            yield from (path, *(path.iterdir() if path.is_dir() else ()))
 
     def missing(self, reference: str) -> str:
         """Return why a model is not to be had, with the nearest name; empty where it is, or may be.
@@ -137,11 +148,14 @@ class Places:
         return name
 
     def models(self) -> list[str]:
-        """Return the models that may be chosen: folders with weights below the root, then those of the cache."""
-        found = sorted(_with_weights(self.root, DEPTH))[:MOST_MODELS]
+        """Return the models that may be chosen: folders with weights below the root, then those of the cache.
+
+        The nearest ones come first. A name that can't be shown can't be chosen.
+        """
+        found = sorted(_with_weights(self.root, DEPTH), key=lambda folder: (len(folder.parts), folder))[:MOST_MODELS]
         here = [f"./{folder.relative_to(self.root).as_posix()}" for folder in found if self.may_read(folder)]
         kept = [path.name.split("--") for path in sorted(self.cache.glob("models--*--*/")) if path.is_dir()]
-        return [*here, *("/".join(parts[1:]) for parts in kept if len(parts) == 3)]
+        return [*filter(is_plain_line, here), *("/".join(parts[1:]) for parts in kept if len(parts) == 3)]
 
 
 def _paths(reference: str) -> Iterator[str]:
