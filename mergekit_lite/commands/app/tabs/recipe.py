@@ -74,6 +74,9 @@ def recipe_tab(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
 
         return change
 
+    def of_template(name: str | None) -> Any:
+        return known[name].read_text(encoding="utf-8") if name else gr.skip()  # passed by with Tab, nothing is chosen
+
     def timed(written: str) -> Markup:
         plan = planned(written, "merged", places).plan
         if plan is None:
@@ -86,7 +89,7 @@ def recipe_tab(blocks: gr.Blocks, places: Places, runs: Runs) -> gr.Code:
     gr.on([text.change, blocks.load], replanned, text, [told, time, *sliders], api_visibility="private", **quick)
     for number, slider in enumerate(sliders):
         on(slider.input, moved(number), [text, slider], text, **quick)
-    on(template.input, lambda name: known[name].read_text(encoding="utf-8"), template, text)
+    on(template.input, of_template, template, text)
     on(predict.click, (lambda written: public_plan(places, written)) if places.is_public else timed, text, time)
     return text
 
