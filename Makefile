@@ -77,7 +77,7 @@ space: $(VENV)/.ready
 	rm -rf dist/space
 	mkdir -p dist
 	cp -r space dist/space
-	$(BIN)/python -m pip install --quiet --no-deps --target dist/space .
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target dist/space .
 	rm -r dist/space/bin
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt mergekit_lite/ops/kernels.c

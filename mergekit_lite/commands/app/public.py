@@ -121,7 +121,7 @@ def _to_plan(folder: str, text: str) -> list[str]:
 
 
 def check(read: int, written: int = 0) -> None:
-    """Raise UsageError where so many bytes are more than one run may read and write."""
+    """Raise UsageError where these bytes are more than one run may read and write."""
     if read > MOST_READ or written > MOST_WRITTEN:
         raise UsageError(
             f"It reads {size(read)} and writes {size(written)}; this page reads up to {size(MOST_READ)} and writes up "
