@@ -283,3 +283,32 @@ def test_a_request_names_no_file(server: Server, path: str) -> None:
         with urllib.request.urlopen(f"{server.address}gradio_api/queue/data?session_hash={session}") as told:
             (last,) = (line for line in told if b"process_completed" in line)
         assert b"takes no files" in last
+
+
+def test_by_keyboard_alone(page: Page, root: Path) -> None:
+    """A recipe is written and run; nothing is clicked, and the editor doesn't keep the focus."""
+
+    def go(to: str, key: str = "Tab") -> None:
+        for _ in range(60):
+            page.keyboard.press(key)
+            if page.evaluate("wanted => document.activeElement.closest(wanted) !== null", to):
+                return
+        raise AssertionError(f"{key} never leads to {to}")
+
+    tab = "[role=tab]:nth-of-type({})"
+    go(tab.format(2))
+    page.keyboard.press("Enter")
+    go("#recipe .cm-content")
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text(RIGHT)
+    expect(page.locator("#plan .plan")).to_contain_text("ties")
+    page.keyboard.press("Escape")
+    go(tab.format(3), "Shift+Tab")
+    page.keyboard.press("Enter")
+    go("#output")
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text("by-keyboard")
+    go("#run")
+    page.keyboard.press("Enter")
+    expect(page.locator("#state .done")).to_contain_text("by-keyboard")
+    assert weights(root / "by-keyboard")

@@ -90,6 +90,9 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
         result = planned(written, "merged", places)
         return element("p", pace.told(result.steps, thread_time() - started)) if result.steps else ""
 
+    def of_template(name: str | None) -> Any:
+        return known[name].read_text(encoding="utf-8") if name else gr.skip()  # passed by with Tab, nothing is chosen
+
     quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
     # One event for all: of two, the plan of the text that was there first might come last.
     shows = [told, time, names, drawn, *sliders]
@@ -100,7 +103,7 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
         on(plan.then, timed, text, time, show_progress="hidden")
     for number, slider in enumerate(sliders):
         on(slider.input, moved(number), [text, slider], text, **quick)
-    on(template.input, lambda name: known[name].read_text(encoding="utf-8"), template, text)
+    on(template.input, of_template, template, text)
     return text
 
 
