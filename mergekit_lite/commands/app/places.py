@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import takewhile
@@ -74,7 +75,7 @@ class Places:
     def missing(self, reference: str) -> str:
         """Return why a model is not to be had, with the nearest name; empty where it is, or may be.
 
-        Sums and other references of several parts are left to what opens them.
+        Of a sum only what the hub alone may have is looked for; all else of references is left to what opens them.
         """
         if self.is_of_hub(reference):
             if self.is_kept(reference):
@@ -82,21 +83,28 @@ class Places:
             said = f"{reference!r} is no folder here, and the hub's cache has not all of it"
             remedy = "the tab Models tells what its download takes, and the tab Run reads it by range"
             return f"{said}: {remedy}.{nearest(reference, self.models())}"
-        if re.search("[+:@]", reference) or (self.root / reference).exists():
+        base, *added = reference.split("+")
+        parts = [(base, False), *((each.partition(":")[0], True) for each in added)]
+        if added and (
+            away := [part for part, adapter in parts if self.is_of_hub(part) and not self.is_kept(part, adapter)]
+        ):
+            remedy = f"the tab Run reads it by range, and the command downloads it: mergekit-lite inspect {reference}"
+            return f"the hub's cache has not all of {' and '.join(away)}: {remedy}"
+        if re.search("[+:@]", reference) or _exists(self.root / reference):
             return ""
         return f"there is no model {reference!r} below {self.root}.{nearest(reference, self.models())}"
 
     def is_of_hub(self, reference: str) -> bool:
         """Whether a reference names a repository of the hub, and nothing below the root."""
-        return hub.is_repository(reference) and not (self.root / reference).exists()
+        return hub.is_repository(reference) and not _exists(self.root / reference)
 
-    def is_kept(self, reference: str) -> bool:
-        """Whether the hub's cache has all that is needed of a repository."""
+    def is_kept(self, reference: str, adapter: bool = False) -> bool:
+        """Whether the hub's cache has all that is needed of a repository: of a model, or of a LoRA adapter."""
         folder = self.cache / f"models--{reference.partition('@')[0].replace('/', '--')}"
-        if not folder.is_dir():
+        if not _exists(folder):
             return False
         try:
-            hub.fetch(reference)  # which asks nobody: the page is offline
+            hub.fetch(reference, adapter=adapter)  # which asks nobody: the page is offline
         except CheckpointError:
             return False
         return True
@@ -156,6 +164,13 @@ class Places:
         here = [f"./{folder.relative_to(self.root).as_posix()}" for folder in found if self.may_read(folder)]
         kept = [path.name.split("--") for path in sorted(self.cache.glob("models--*--*/")) if path.is_dir()]
         return [*filter(is_plain_line, here), *("/".join(parts[1:]) for parts in kept if len(parts) == 3)]
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path exists; one that no file can have does not."""
+    with suppress(OSError, ValueError):
+        return path.exists()
+    return False
 
 
 def _paths(reference: str) -> Iterator[str]:
