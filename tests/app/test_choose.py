@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -312,27 +311,27 @@ def test_choosing_fits_a_narrow_window(browser: Any, server: Server, root: Path,
 @pytest.mark.slow
 def test_a_search_is_stopped_and_goes_on_after_the_server_was_killed(browser: Any, root: Path) -> None:
     """Of far more candidates than it has time for: the first ones are waited for, nothing is a race."""
-    group = 0
+    searches = Runs(root, BOOST)
     try:
         with serving(root) as server, at(browser, server) as page:
             page.get_by_role("tab", name="Choose").click()
-            many = ",".join(map(str, range(1, 901)))
+            many = ",".join(f"{number / 30:.3f}" for number in range(1, 900))
             fill(page, sft="./sft", aligned="./dpo", data="pairs.jsonl", score="pairs", alphas=many, output="long")
             page.locator("#choose-start").click()
             expect(page.locator("#choose-curve")).to_contain_text("nothing is chosen yet")
             wait(lambda: len(candidates(root)) >= 1)
-            expect(page.locator("#choose-curve tbody")).to_contain_text("alpha=1")
+            expect(page.locator("#choose-curve tbody")).to_contain_text("alpha=0.033")
             page.locator("#choose-stop").click()
             expect(page.locator("#choose-state .stopped")).to_contain_text("Interrupted")
             first = candidates(root)
             page.locator("#choose-resume").click()
             wait(lambda: len(candidates(root)) > len(first))
-            group = json.loads((root / FOLDER / "boost.json").read_text())["process"]
             server.kill()
         with serving(root) as server, at(browser, server) as page:
             page.get_by_role("tab", name="Choose").click()
             expect(page.locator("#choose-state .running")).to_be_visible()  # it outlived its server
-            os.killpg(group, signal.SIGKILL)
+            assert searches.state().kind == "running"
+            os.killpg(json.loads((root / FOLDER / "boost.json").read_text())["process"], signal.SIGKILL)
             expect(page.locator("#choose-state .stopped")).to_be_visible()
             second = candidates(root)
             assert second[: len(first)] == first and len(second) > len(first)
@@ -342,8 +341,7 @@ def test_a_search_is_stopped_and_goes_on_after_the_server_was_killed(browser: An
             page.locator("#choose-stop").click()
             expect(page.locator("#choose-state .stopped")).to_contain_text("Interrupted")
     finally:
-        with suppress(ProcessLookupError, PermissionError, FileNotFoundError):
-            os.killpg(json.loads((root / FOLDER / "boost.json").read_text())["process"], signal.SIGKILL)
+        searches.stop()
 
 
 def candidates(root: Path) -> list[Any]:
