@@ -25,7 +25,7 @@ from mergekit_lite.commands.app.boosts import BOOST, boost_arguments, data_files
 from mergekit_lite.commands.app.chats import PREVIEW, Chat, ask, chat, forget
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.runs import FOLDER, Runs
-from mergekit_lite.commands.app.searched import beside, found, names_of
+from mergekit_lite.commands.app.searched import beside, found, in_part, names_of
 from mergekit_lite.errors import UsageError
 from mergekit_lite.plain_text import plain
 from tests.app.test_page import WAIT, Server, at, browser, command, serving, weights
@@ -105,6 +105,7 @@ def test_the_fields_are_the_command(places: Places) -> None:
         ("more", "--ray host:6379", "--ray is left"),
         ("more", "--copy-code", "--copy-code is left"),
         ("more", "--force", "--force is left"),
+        ("more", "--json", "--json is left"),
         ("more", "--prompts ../secret/config.json", "leads out"),
         ("more", "--recipe out.yml --tune parameters.weight=0:1", "out.yml, line 2: '../secret' leads out"),
         ("more", "--recipe none.yml", "none.yml"),
@@ -188,7 +189,9 @@ def test_a_search_is_shown_as_it_stands_and_answers_are_text(tmp_path: Path) -> 
             assert f"{number} candidate" in page and "nothing is chosen yet" in page
             assert page.count("</tr>") == 2 + number
         write(result, study, {}, asked)
-    assert result.chosen is not None
+    assert result.chosen is not None and in_part(tmp_path) == ""
+    (tmp_path / "candidates" / "alpha=3.partial.jsonl").write_text("{}\n{}\n")
+    assert in_part(tmp_path) == "In part measured: alpha=3 on 2 items."
     page = found(tmp_path)
     assert "beats alpha=0" in page and "<svg" in page and "95 % intervals" in page and "so far" not in page
     assert names_of(tmp_path) == ["alpha=0", "alpha=1", "alpha=2", "alpha=16"]
