@@ -11,6 +11,7 @@
 #              unless MERGEKIT=
 # make parity  the same recipes through mergekit and through ours, compared in docs/parity.md (minutes)
 # make check   formatting, lint, types
+# make space   the page as one folder for a space of the hub: dist/space, the package in it
 # make dist    a source package and a wheel of this platform for every Python, and a test that they install and merge
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ MERGEKIT ?= $(wildcard $(PARITY_VENV)/bin/mergekit-yaml)
 
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-boost demo-distill demo-fuse demo-merge demo-real test test-slow bench parity check dist clean
+.PHONY: demo demo-boost demo-distill demo-fuse demo-merge demo-real test test-slow bench parity check dist space clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo.extrapolate --out demo/out
@@ -71,6 +72,13 @@ dist: $(VENV)/.ready
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m pytest -m slow tests/test_dist.py
+
+space: $(VENV)/.ready
+	rm -rf dist/space
+	mkdir -p dist
+	cp -r space dist/space
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target dist/space .
+	rm -r dist/space/bin
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt mergekit_lite/ops/kernels.c
 	$(PYTHON) -m venv $(VENV)

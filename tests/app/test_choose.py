@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from mergekit_lite.commands.app.boosts import BOOST, boost_arguments, data_files
 from mergekit_lite.commands.app.chats import PREVIEW, Chat, ask, chat, forget
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.runs import FOLDER, Runs
-from mergekit_lite.commands.app.searched import beside, found, names_of
+from mergekit_lite.commands.app.searched import beside, found, in_part, names_of
 from mergekit_lite.errors import UsageError
 from mergekit_lite.plain_text import plain
 from tests.app.test_page import WAIT, Server, at, browser, command, serving, weights
@@ -106,6 +105,7 @@ def test_the_fields_are_the_command(places: Places) -> None:
         ("more", "--ray host:6379", "--ray is left"),
         ("more", "--copy-code", "--copy-code is left"),
         ("more", "--force", "--force is left"),
+        ("more", "--json", "--json is left"),
         ("more", "--prompts ../secret/config.json", "leads out"),
         ("more", "--recipe out.yml --tune parameters.weight=0:1", "out.yml, line 2: '../secret' leads out"),
         ("more", "--recipe none.yml", "none.yml"),
@@ -189,7 +189,9 @@ def test_a_search_is_shown_as_it_stands_and_answers_are_text(tmp_path: Path) -> 
             assert f"{number} candidate" in page and "nothing is chosen yet" in page
             assert page.count("</tr>") == 2 + number
         write(result, study, {}, asked)
-    assert result.chosen is not None
+    assert result.chosen is not None and in_part(tmp_path) == ""
+    (tmp_path / "candidates" / "alpha=3.partial.jsonl").write_text("{}\n{}\n")
+    assert in_part(tmp_path) == "In part measured: alpha=3 on 2 items."
     page = found(tmp_path)
     assert "beats alpha=0" in page and "<svg" in page and "95 % intervals" in page and "so far" not in page
     assert names_of(tmp_path) == ["alpha=0", "alpha=1", "alpha=2", "alpha=16"]
@@ -312,27 +314,27 @@ def test_choosing_fits_a_narrow_window(browser: Any, server: Server, root: Path,
 @pytest.mark.slow
 def test_a_search_is_stopped_and_goes_on_after_the_server_was_killed(browser: Any, root: Path) -> None:
     """Of far more candidates than it has time for: the first ones are waited for, nothing is a race."""
-    group = 0
+    searches = Runs(root, BOOST)
     try:
         with serving(root) as server, at(browser, server) as page:
             page.get_by_role("tab", name="Choose").click()
-            many = ",".join(map(str, range(1, 901)))
+            many = ",".join(f"{number / 30:.3f}" for number in range(1, 900))
             fill(page, sft="./sft", aligned="./dpo", data="pairs.jsonl", score="pairs", alphas=many, output="long")
             page.locator("#choose-start").click()
             expect(page.locator("#choose-curve")).to_contain_text("nothing is chosen yet")
             wait(lambda: len(candidates(root)) >= 1)
-            expect(page.locator("#choose-curve tbody")).to_contain_text("alpha=1")
+            expect(page.locator("#choose-curve tbody")).to_contain_text("alpha=0.033")
             page.locator("#choose-stop").click()
             expect(page.locator("#choose-state .stopped")).to_contain_text("Interrupted")
             first = candidates(root)
             page.locator("#choose-resume").click()
             wait(lambda: len(candidates(root)) > len(first))
-            group = json.loads((root / FOLDER / "boost.json").read_text())["process"]
             server.kill()
         with serving(root) as server, at(browser, server) as page:
             page.get_by_role("tab", name="Choose").click()
             expect(page.locator("#choose-state .running")).to_be_visible()  # it outlived its server
-            os.killpg(group, signal.SIGKILL)
+            assert searches.state().kind == "running"
+            os.killpg(json.loads((root / FOLDER / "boost.json").read_text())["process"], signal.SIGKILL)
             expect(page.locator("#choose-state .stopped")).to_be_visible()
             second = candidates(root)
             assert second[: len(first)] == first and len(second) > len(first)
@@ -342,8 +344,7 @@ def test_a_search_is_stopped_and_goes_on_after_the_server_was_killed(browser: An
             page.locator("#choose-stop").click()
             expect(page.locator("#choose-state .stopped")).to_contain_text("Interrupted")
     finally:
-        with suppress(ProcessLookupError, PermissionError, FileNotFoundError):
-            os.killpg(json.loads((root / FOLDER / "boost.json").read_text())["process"], signal.SIGKILL)
+        searches.stop()
 
 
 def candidates(root: Path) -> list[Any]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,19 +39,35 @@ models:
 """
 RIGHT = WRONG.replace("weigth", "weight")
 HOSTILE = "model.layers.0.<img src=x onerror=document.title='hit'>${1+1}{{value}}.weight"
+# Of a text to what is behind it, as WCAG 2 reckons it.
+CONTRAST = """element => {
+    const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+    let behind = element;
+    while (parts(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+    const light = colour => {
+        const even = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
+        const [r, g, b] = parts(colour).map(x => even(x / 255));
+        return .2126 * r + .7152 * g + .0722 * b + .05;
+    };
+    const both = [light(getComputedStyle(element).color), light(getComputedStyle(behind).backgroundColor)];
+    return Math.max(...both) / Math.min(...both);
+}"""
 PROGRAM = "from mergekit_lite.commands import start; start()"
 
 
 class Server:
     """The command ``app`` in a process."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, program: Sequence[str] = (), **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-c", PROGRAM, "app", "--root", str(root), "--port", str(self.port)]
+        command = program or ("-c", PROGRAM, "app", "--root", str(root))
         self.address = f"http://127.0.0.1:{self.port}/"
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, *command, "--port", str(self.port)],
+            env=os.environ | environment, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         assert self.process.stdout is not None and self.process.stdout.readline().startswith("http://")
         until = time.monotonic() + WAIT / 1000
         while True:
@@ -207,6 +223,8 @@ def test_it_fits_a_narrow_window(browser: Any, server: Server, scheme: str) -> N
         for name in ("Models", "Recipe", "Run"):
             page.get_by_role("tab", name=name).click()
             assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
+            for text in page.locator(".info-text:visible, button.lg:visible:enabled, #plan p:visible").all():
+                assert text.evaluate(CONTRAST) >= 4.5, (name, text.inner_text())  # WCAG 2, 1.4.3
         light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert light == (scheme == "light")
 
@@ -248,3 +266,49 @@ def halted(root: Path, spans: int) -> int:
     os.killpg(group, signal.SIGSTOP)
     assert not (root / "stopped").exists()
     return int(group)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "http://127.0.0.1:9/file"])
+def test_a_request_names_no_file(server: Server, path: str) -> None:
+    """Gradio would copy what a request names, or fetch it, before any function of the page is called."""
+    with urllib.request.urlopen(f"{server.address}config") as answer:
+        events = json.load(answer)["dependencies"]
+    event = next(each["id"] for each in events if each["inputs"])
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    for number, data in enumerate((file, [file], {"value": [file]})):
+        session = f"session-{path[-4:]}-{number}"
+        asked = json.dumps({"data": [data], "fn_index": event, "session_hash": session}).encode()
+        join = f"{server.address}gradio_api/queue/join"
+        urllib.request.urlopen(urllib.request.Request(join, asked, {"Content-Type": "application/json"})).close()
+        with urllib.request.urlopen(f"{server.address}gradio_api/queue/data?session_hash={session}") as told:
+            (last,) = (line for line in told if b"process_completed" in line)
+        assert b"takes no files" in last
+
+
+def test_by_keyboard_alone(page: Page, root: Path) -> None:
+    """A recipe is written and run; nothing is clicked, and the editor doesn't keep the focus."""
+
+    def go(to: str, key: str = "Tab") -> None:
+        for _ in range(60):
+            page.keyboard.press(key)
+            if page.evaluate("wanted => document.activeElement.closest(wanted) !== null", to):
+                return
+        raise AssertionError(f"{key} never leads to {to}")
+
+    tab = "[role=tab]:nth-of-type({})"
+    go(tab.format(2))
+    page.keyboard.press("Enter")
+    go("#recipe .cm-content")
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text(RIGHT)
+    expect(page.locator("#plan .plan")).to_contain_text("ties")
+    page.keyboard.press("Escape")
+    go(tab.format(3), "Shift+Tab")
+    page.keyboard.press("Enter")
+    go("#output")
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text("by-keyboard")
+    go("#run")
+    page.keyboard.press("Enter")
+    expect(page.locator("#state .done")).to_contain_text("by-keyboard")
+    assert weights(root / "by-keyboard")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from mergekit_lite.commands.app.guard import MOST_BYTES, Guard
 from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import planned, shown, tree_of
+from mergekit_lite.commands.app.runs import FOLDER, Runs, ask
 from mergekit_lite.errors import UsageError
 from tests.models import state, tuned, write_folder
 
@@ -84,6 +88,18 @@ def test_no_reference_leads_out(places: Places, reference: str) -> None:
     assert line == 4 and ("leads out" in said or "elsewhere" in said), said
 
 
+@pytest.mark.parametrize("pattern", ["li*/step-*", "./l[i]nk/step-1", "runs/*", "../secret*"])
+def test_no_pattern_leads_out(places: Places, pattern: str) -> None:
+    """Neither what fits it, nor what lies in that."""
+    secret = places.root.parent / "secret"
+    write_folder(secret / "step-1", state(1))
+    (places.root / "link").symlink_to(secret)
+    (places.root / "runs").mkdir()
+    (places.root / "runs" / "step-1").symlink_to(secret / "step-1")
+    text = TIES.replace("  - model: ./math\n", f"  - run: {pattern}\n")
+    assert any(at == 4 and "leads out" in said for at, said in problems(text, places)), problems(text, places)
+
+
 @pytest.mark.parametrize("key", ["run", "statistics", "tokenizer_source"])
 def test_no_other_key_leads_out(places: Places, key: str) -> None:
     text = TIES.replace("  - model: ./math\n", f"  - model: ./math\n    {key}: ../secret/step-*\n")
@@ -131,7 +147,7 @@ def test_numbers_beyond_a_range_are_kept() -> None:
     assert numbers(tree_of(text))[0].least == -3
 
 
-def answer(path: str = "/config", method: str = "GET", **headers: str) -> int:
+def answer(path: str = "/config", method: str = "GET", space: Collection[str] = (), **headers: str) -> int:
     """The status of a request, 200 where it got through."""
     told: list[int] = []
 
@@ -145,7 +161,7 @@ def answer(path: str = "/config", method: str = "GET", **headers: str) -> int:
     given = {"host": "127.0.0.1:7860"} | {name.replace("_", "-"): value for name, value in headers.items()}
     scope = {"type": "http", "path": path, "method": method,
              "headers": [(name.encode(), value.encode()) for name, value in given.items()]}  # fmt: skip
-    asyncio.run(Guard(inner, 7860)(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(Guard(inner, 7860, space)(scope, None, send))  # type: ignore[arg-type]
     return told[0]
 
 
@@ -173,3 +189,47 @@ def test_the_page_itself_is_answered() -> None:
 )
 def test_nothing_else_is(status: int, path: str, headers: dict[str, str]) -> None:
     assert answer(path, **headers) == status
+
+
+def test_no_module_comes_from_the_folder_of_the_models(places: Places) -> None:
+    """A stranger's model may have files that are named as modules, and commands are run in the folder of models."""
+    for name in ("json", "numpy", "torch", "safetensors", "mergekit_lite", "yaml"):
+        (places.root / f"{name}.py").write_text("raise SystemExit('code of a model was run')")
+    assert "9 tensors" in ask(places.root, ["inspect", "./base"])
+
+
+@pytest.mark.parametrize("odd", ["open", "link", "damaged", "odd"])
+def test_a_run_that_a_stranger_wrote_down_is_none(places: Places, odd: str) -> None:
+    """A folder of models from elsewhere may bring a folder of the page's name, with any command to resume."""
+    record = {"arguments": ["distill", "run", "rule.yaml"], "output": "base", "process": 1}
+    written = {"damaged": '{"arguments": [', "odd": "[]"}.get(odd, json.dumps(record))
+    folder = places.root / FOLDER
+    made = places.root.parent / "elsewhere" if odd == "link" else folder
+    made.mkdir(mode=0o755 if odd == "open" else 0o700)
+    (made / "run.json").write_text(written)
+    if odd == "link":
+        folder.symlink_to(made)
+    runs = Runs(places.root)
+    assert runs.state().kind == "none"
+    with pytest.raises(UsageError, match="no run that was stopped"):
+        runs.resume()
+    if odd in ("open", "link"):
+        with pytest.raises(UsageError, match="not made by this page"):
+            runs.start(TIES, "merged")
+
+
+def test_where_nothing_can_be_written_it_is_said(places: Places) -> None:
+    (places.root / FOLDER).mkdir(mode=0o700)
+    (places.root / FOLDER / "merged.yml").symlink_to("/dev/full")
+    with pytest.raises(UsageError, match="No space left on device"):
+        Runs(places.root).start(TIES, "merged")
+    assert Runs(places.root).state().kind == "none"
+
+
+def test_names_that_can_not_be_shown_stop_no_page(places: Places) -> None:
+    """Names that are no UTF-8, of two lines, or that turn the direction of text; the nearest models come first."""
+    for name in (b"bad\xff", b"two\nlines", "\u202ertl".encode()):
+        write_folder(places.root / os.fsdecode(name), state(0))
+    write_folder(places.root / "a" / "b", state(0))
+    assert places.models() == ["./base", "./code", "./math", "./a/b"]
+    json.dumps(places.models()).encode("utf-8")

@@ -14,7 +14,7 @@ from mergekit_lite.commands.app.curves import curves
 from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.pace import Pace
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.planned import checked, planned, shown, tree_of
+from mergekit_lite.commands.app.planned import documents_by_range, planned, shown, tree_of
 from mergekit_lite.commands.app.tabs.recipe import templates
 from mergekit_lite.recipe import RecipeError
 from mergekit_lite.recipe.documents import parse_documents
@@ -211,13 +211,21 @@ def test_time_is_told_and_measured_once(places: Places, monkeypatch: pytest.Monk
     assert re.match("about .* for all documents; the last one: about ", apart)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, f"org/{'x' * 300}", f"./base+org/{'x' * 300}:0.5", f"org/x+{'y' * 5000}"])
+def test_a_name_that_no_file_can_have_is_a_problem(places: Places, name: str) -> None:
+    found = planned(TWO.replace("./math", name), "merged", places).problems
+    assert [line for line, _ in found] == [4], found
+
+
 def test_models_of_the_hub_are_known_by_their_names(places: Places) -> None:
     text = TWO.replace("./math", "org/math").replace("./base", "org/base@main")
     tree = tree_of(text)
     assert tree is not None and list(places.of_hub(tree)) == ["org/math", "org/base@main"]
     assert [line for line, _ in planned(text, "merged", places).problems] == [4, 8]
-    assert [document.name for document in checked(text, places)] == ["stem", ""]
+    assert [document.name for document in documents_by_range(text, places)] == ["stem", ""]
     with pytest.raises(RecipeError, match="leads out"):
-        checked(text.replace("./code", "../secret"), places)
+        documents_by_range(text.replace("./code", "../secret"), places)
+    ((line, said),) = planned(TWO.replace("./math", "./math+org/lora:0.5"), "merged", places).problems
+    assert line == 4 and "org/lora:" in said and "mergekit-lite inspect ./math+org/lora:0.5" in said
     (places.root / "org" / "math").mkdir(parents=True)  # what is here is no repository
     assert list(places.of_hub(tree)) == ["org/base@main"]

@@ -129,9 +129,10 @@ def _problems(places: Places, given: dict[str, Any], output: str) -> Iterator[st
     """Yield why the page doesn't start this search."""
     if str(given.get("output", "")) != output:
         yield "the output is the name above: leave -o out of the further options"
+    written = {option.name: max(option.opts, key=len) for option in boost.command.params}
     for name in sorted(given.keys() - OPTIONS):
         yield (
-            f"--{name.replace('_', '-')} is left to the command line: the page runs on this machine alone, writes "
+            f"{written[name]} is left to the command line: the page runs on this machine alone, writes "
             "below its root, and starts nobody's code"
         )
     for path in (*given.get("prompts", ()), given.get("pairs"), given.get("recipe")):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from mergekit_lite.commands import screen, start
+from mergekit_lite import commands
+from mergekit_lite.commands import screen
 
-if __name__ == "__main__":
+
+def start() -> None:
+    """Run the command line."""
     screen.PLAIN_INTERVAL = 1.0
-    start()
+    commands.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pathlib import Path
 
 from mergekit_lite.commands.app.jobs import Job, JobState
 from mergekit_lite.commands.app.places import WEIGHTS, Places
+from mergekit_lite.commands.app.runs import program
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.plain_text import plain
 
-PROGRAM = (sys.executable, "-m", "mergekit_lite.commands.app.needed")
-HERE = Path(__file__).parents[3]  # modules come from here, never from the folder of the models
+PROGRAM = program("needed")
 PATIENCE = 120  # seconds in which the hub has to tell
 
 
@@ -62,7 +61,7 @@ class Downloads:
         """Ask the hub what models need. Raises RunError where it doesn't answer."""
         try:
             done = subprocess.run(
-                [*PROGRAM, *names], cwd=HERE, env=os.environ | self.environment, timeout=PATIENCE,
+                [*PROGRAM, *names], cwd=self.places.root, env=os.environ | self.environment, timeout=PATIENCE,
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

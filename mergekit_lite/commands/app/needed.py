@@ -8,7 +8,9 @@ import sys
 from mergekit_lite.checkpoint.hub import needed
 from mergekit_lite.errors import MergekitLiteError
 
-if __name__ == "__main__":
+
+def start() -> None:
+    """Print it for the models that the command line names."""
     told: dict[str, object] = {}
     for reference in sys.argv[1:]:
         try:

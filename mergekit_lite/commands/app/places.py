@@ -6,11 +6,15 @@ import errno
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import takewhile
 from pathlib import Path
 
 from mergekit_lite.checkpoint import hub
 from mergekit_lite.errors import CheckpointError, UsageError, nearest
+from mergekit_lite.plain_text import is_plain_line
 from mergekit_lite.recipe.documents import document_in
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar
 
@@ -35,6 +39,7 @@ class Places:
 
     root: Path
     cache: Path
+    is_public = False  # whether anybody may use the page (public.py)
 
     def may_read(self, path: Path) -> bool:
         """Whether a path, with all links followed, lies below the root or in the cache."""
@@ -51,19 +56,26 @@ class Places:
             return f"{reference!r} is elsewhere: the page reads folders below its root, and the cache of the hub"
         for part in _paths(reference):
             try:
-                path = self.root / part
-                inside = list(path.iterdir()) if path.is_dir() else []
-                if part.startswith("~") or not all(map(self.may_read, (path, *inside))):
+                if part.startswith("~") or not all(map(self.may_read, self._meant(part))):
                     return f"{part!r} leads out of {self.root}, the root of this page: start it with another --root"
             except (OSError, ValueError, RuntimeError) as error:  # no access; a NUL byte; links in a circle
                 if getattr(error, "errno", None) != errno.ENAMETOOLONG:  # no path at all, as a chat template
                     return f"{part!r} can't be read: {error}"
         return ""
 
+    def _meant(self, part: str) -> Iterator[Path]:
+        """Yield what a path means: itself and what lies in it, or where a pattern begins, and all that fits it."""
+        fixed = Path(*takewhile(lambda name: not has_magic(name), Path(part).parts))
+        yield self.root / fixed
+        # Path.glob takes no pattern that begins at the root
+        names = glob(part, root_dir=self.root) if has_magic(part) else [part]  # noqa: PTH207
+        for path in map(self.root.joinpath, names):
+            yield from (path, *(path.iterdir() if path.is_dir() else ()))
+
     def missing(self, reference: str) -> str:
         """Return why a model is not to be had, with the nearest name; empty where it is, or may be.
 
-        Sums and other references of several parts are left to what opens them.
+        Of a sum only what the hub alone may have is looked for; all else of references is left to what opens them.
         """
         if self.is_of_hub(reference):
             if self.is_kept(reference):
@@ -71,21 +83,28 @@ class Places:
             said = f"{reference!r} is no folder here, and the hub's cache has not all of it"
             remedy = "the tab Models tells what its download takes, and the tab Run reads it by range"
             return f"{said}: {remedy}.{nearest(reference, self.models())}"
-        if re.search("[+:@]", reference) or (self.root / reference).exists():
+        base, *added = reference.split("+")
+        parts = [(base, False), *((each.partition(":")[0], True) for each in added)]
+        if added and (
+            away := [part for part, adapter in parts if self.is_of_hub(part) and not self.is_kept(part, adapter)]
+        ):
+            remedy = f"the tab Run reads it by range, and the command downloads it: mergekit-lite inspect {reference}"
+            return f"the hub's cache has not all of {' and '.join(away)}: {remedy}"
+        if re.search("[+:@]", reference) or _exists(self.root / reference):
             return ""
         return f"there is no model {reference!r} below {self.root}.{nearest(reference, self.models())}"
 
     def is_of_hub(self, reference: str) -> bool:
         """Whether a reference names a repository of the hub, and nothing below the root."""
-        return hub.is_repository(reference) and not (self.root / reference).exists()
+        return hub.is_repository(reference) and not _exists(self.root / reference)
 
-    def is_kept(self, reference: str) -> bool:
-        """Whether the hub's cache has all that is needed of a repository."""
+    def is_kept(self, reference: str, adapter: bool = False) -> bool:
+        """Whether the hub's cache has all that is needed of a repository: of a model, or of a LoRA adapter."""
         folder = self.cache / f"models--{reference.partition('@')[0].replace('/', '--')}"
-        if not folder.is_dir():
+        if not _exists(folder):
             return False
         try:
-            hub.fetch(reference)  # which asks nobody: the page is offline
+            hub.fetch(reference, adapter=adapter)  # which asks nobody: the page is offline
         except CheckpointError:
             return False
         return True
@@ -137,11 +156,21 @@ class Places:
         return name
 
     def models(self) -> list[str]:
-        """Return the models that may be chosen: folders with weights below the root, then those of the cache."""
-        found = sorted(_with_weights(self.root, DEPTH))[:MOST_MODELS]
+        """Return the models that may be chosen: folders with weights below the root, then those of the cache.
+
+        The nearest ones come first. A name that can't be shown can't be chosen.
+        """
+        found = sorted(_with_weights(self.root, DEPTH), key=lambda folder: (len(folder.parts), folder))[:MOST_MODELS]
         here = [f"./{folder.relative_to(self.root).as_posix()}" for folder in found if self.may_read(folder)]
         kept = [path.name.split("--") for path in sorted(self.cache.glob("models--*--*/")) if path.is_dir()]
-        return [*here, *("/".join(parts[1:]) for parts in kept if len(parts) == 3)]
+        return [*filter(is_plain_line, here), *("/".join(parts[1:]) for parts in kept if len(parts) == 3)]
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path exists; one that no file can have does not."""
+    with suppress(OSError, ValueError):
+        return path.exists()
+    return False
 
 
 def _paths(reference: str) -> Iterator[str]:

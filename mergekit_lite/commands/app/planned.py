@@ -87,7 +87,7 @@ def _tree(documents: list[Node]) -> Node:
     return documents[0] if len(documents) == 1 else Items(tuple(documents), documents[0].at)
 
 
-def checked(text: str, places: Places) -> tuple[Document, ...]:
+def documents_by_range(text: str, places: Places) -> tuple[Document, ...]:
     """Return the documents of a recipe whose models of the hub are read by range. Raises RecipeError."""
     return _sound(_tree(read_documents(text, SOURCE)), text, places, streamed=True)
 
@@ -135,8 +135,10 @@ def _line(problem: str, documents: Sequence[Document]) -> int | None:
 
 def shown(result: Planned) -> Markup:
     """Return a plan, or what is wrong, as HTML."""
-    if not result.steps:
+    if result.problems:
         return element("div", *_problems(result), class_="problems", role="status")
+    if not result.steps:
+        return element("p", "✓ Nothing is wrong in the text itself.", class_="sound", role="status")
     parts = [element("p", "As recipe.yml: ", element("code", "mergekit-lite plan recipe.yml"))]
     for step in result.steps:
         if len(result.steps) > 1:

@@ -13,25 +13,37 @@ import os
 import re
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.input_files import read_text
 from mergekit_lite.plain_text import plain
 
 FOLDER = ".mergekit-lite-app"
-PROGRAM = (sys.executable, "-m", "mergekit_lite.commands.app.child")
+# Modules come from where this one came from, never from the folder of the models, in which commands are run.
+PATHS = [str(Path(__file__).parents[3]), *(path for path in sys.path if Path(path).is_absolute())]
+STREAM = "--stream"  # models are read by range, and nothing of them is stored
 MOST_SAID = 100_000  # characters of what a command said, from its end
 NOTHING: Mapping[str, str] = MappingProxyType({})
 PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
+
+
+def program(module: str) -> tuple[str, ...]:
+    """Return the command of a module of this folder, which has a ``start``."""
+    begin = f"import sys; sys.path[:] = {PATHS}; from {__package__}.{module} import start; start()"
+    return sys.executable, "-c", begin
+
+
+PROGRAM = program("child")
 
 
 def shown_command(arguments: list[str]) -> str:
@@ -115,11 +127,19 @@ class Kind:
     apart: bool = False
 
 
+def _given(output: str, outputs: Sequence[str]) -> str:
+    """Return what ``-o`` is for a folder of that name, or for several whose names begin so."""
+    return output if list(outputs) == [output] else f"{output}-{{name}}"
+
+
 def _merge_stands(root: Path, state: State) -> str:
     if all((root / each).exists() for each in state.outputs):
         return "done"
-    given = state.arguments[state.arguments.index("-o") + 1]
-    left = (f".{given}.documents", *state.outputs, *(f".{each}.partial" for each in state.outputs))
+    left = (
+        f".{_given(state.output, state.outputs)}.documents",
+        *state.outputs,
+        *(f".{each}.partial" for each in state.outputs),
+    )
     return "stopped" if any((root / each).exists() for each in left) else "failed"
 
 
@@ -127,30 +147,61 @@ MERGE = Kind("run", _merge_stands, ("--resume",))
 _STARTING = threading.Lock()  # held while a run is started or looked for: looking takes the run's lock for a moment
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder is the page's own: this user's, closed to others, no link.
+
+    What a stranger put beside models under its name is neither shown nor gone on with: a run has any command.
+    """
+    with suppress(OSError):
+        found = folder.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    return False
+
+
+@contextmanager
+def telling(folder: Path) -> Iterator[None]:
+    """Raise UsageError where what a run needs can't be written to its folder: no room, no right, no folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{folder} can't be written to: {error.strerror}. Nothing was started.") from None
+
+
 class Runs:
     """The latest run of a kind in a root; of all kinds together one goes on at a time."""
 
-    def __init__(self, root: Path, kind: Kind = MERGE, online: Mapping[str, str] = NOTHING) -> None:
-        """Look at what a server before left in ``root``; runs that read from the hub get some variables for that."""
+    def __init__(
+        self, root: Path, kind: Kind = MERGE, *, online: Mapping[str, str] = NOTHING, seconds: float | None = None
+    ) -> None:
+        """Look at what a server before left in ``root``.
+
+        Runs that read from the hub get the variables of ``online``; each is killed after so many seconds.
+        """
         self.root = root
         self.folder = root / FOLDER
         self.kind = kind
         self.online = online
+        self.seconds = seconds
+        self._follower = threading.Thread()  # sees the run that this server started to its end
 
-    def start(self, text: str, output: str, outputs: Sequence[str], *, streamed: bool = False) -> None:
-        """Merge as a recipe's text says, to folders of an output's name or of names that begin so.
+    def start(self, text: str, output: str, outputs: Sequence[str] = (), *, streamed: bool = False) -> None:
+        """Merge as a recipe's text says, to a folder of an output's name, or to ``outputs`` whose names begin so.
 
         ``streamed``: models of the hub are read by range. Raises UsageError where a run goes on already.
         """
         recipe = f"{output}.yml"
-        given = output if list(outputs) == [output] else f"{output}-{{name}}"
-        arguments = ["merge", f"{FOLDER}/{recipe}", "-o", given, *["--stream"] * streamed]
+        outputs = outputs or [output]
+        arguments = ["merge", f"{FOLDER}/{recipe}", "-o", _given(output, outputs), *[STREAM] * streamed]
         self.launch(arguments, output, {recipe: text}, outputs)
 
     def keep(self, text: str) -> str:
-        """Keep the text of a recipe that is only looked at, and return the file's name; no output's is that."""
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-        (self.folder / ".planned.yml").write_text(text, encoding="utf-8", newline="")
+        """Keep the text of a recipe that is only looked at, and return the file's name, which no output has.
+
+        Raises UsageError as ``start``.
+        """
+        with telling(self.folder):
+            self._make_folder()
+            (self.folder / ".planned.yml").write_text(text, encoding="utf-8", newline="")
         return f"{FOLDER}/.planned.yml"
 
     def resume(self) -> None:
@@ -188,7 +239,7 @@ class Runs:
         arguments: list[str],
         output: str,
         files: Mapping[str, str] = NOTHING,
-        outputs: Sequence[str] | None = None,
+        outputs: Sequence[str] = (),
     ) -> None:
         """Start a command with the lock in its hands, after some files were written into the page's folder.
 
@@ -199,10 +250,10 @@ class Runs:
             outputs: the folders that it makes, if not only ``output``.
 
         Raises:
-            UsageError: a run goes on, of whatever kind.
+            UsageError: a run goes on, of whatever kind, or its files can't be written.
         """
-        with _STARTING:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+        with _STARTING, telling(self.folder):
+            self._make_folder()
             lock = self._lock()
             if lock is None:
                 raise UsageError("A run goes on: wait for its end, or stop it.")
@@ -214,9 +265,9 @@ class Runs:
                     process = subprocess.Popen(
                         [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stderr=said,
                         stdout=out or said, pass_fds=[lock], start_new_session=True,
-                        env=os.environ | (self.online if "--stream" in arguments else NOTHING),
+                        env=os.environ | (self.online if STREAM in arguments else NOTHING),
                     )  # fmt: skip
-                made = {"output": output, "outputs": [output] if outputs is None else [*outputs]}
+                made = {"output": output, "outputs": [*(outputs or [output])]}
                 record = {"arguments": arguments, "process": process.pid, **made}
                 new = self._file("json.new")
                 new.write_text(json.dumps(record), encoding="utf-8")
@@ -225,14 +276,31 @@ class Runs:
                 os.pwrite(lock, self.kind.name.encode(), 0)
             finally:
                 os.close(lock)  # the process has it
-            threading.Thread(target=process.wait, daemon=True).start()  # so that it doesn't stay as a zombie
+            self._follower = threading.Thread(target=self._follow, args=(process,), daemon=True)
+            self._follower.start()
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> None:
+        """See a run to its end, so that it doesn't stay as a zombie, or end it when its time is over."""
+        try:
+            process.wait(self.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        if not is_own(self.folder):
+            raise UsageError(f"{self.folder} was not made by this page, or is open to others: remove it.")
 
     def _file(self, ending: str) -> Path:
         return self.folder / f"{self.kind.name}.{ending}"
 
     def _lock(self, kind: int = fcntl.LOCK_EX) -> int | None:
         """Return the open file of the lock, held; None where a run holds it."""
-        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.folder / "lock"
+        if kind == fcntl.LOCK_SH and not path.exists():
+            path = self.folder  # no run was started yet; on a disk that can't be written to it stays so
+        lock = os.open(path, os.O_RDONLY if kind == fcntl.LOCK_SH else os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -242,7 +310,7 @@ class Runs:
 
     def _goes_on(self) -> bool:
         """Whether a run goes on, and is of this kind."""
-        if not self.folder.is_dir():
+        if not is_own(self.folder):
             return False
         with _STARTING:
             lock = self._lock(fcntl.LOCK_SH)
@@ -253,5 +321,10 @@ class Runs:
 
     def _record(self) -> dict[str, Any]:
         path = self._file("json")
-        record: dict[str, Any] = json.loads(read_text(path, MOST_SAID)) if path.exists() else {}
-        return record
+        if not (is_own(self.folder) and path.exists()):
+            return {}
+        try:
+            record = json.loads(read_text(path, MOST_SAID))
+        except (MergekitLiteError, ValueError):  # damaged, as by a power cut
+            return {}
+        return record if isinstance(record, dict) else {}

@@ -14,6 +14,7 @@ from mergekit_lite.answers.rows import read_rows
 from mergekit_lite.boosting import curve, record, report
 from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.search.choice import Result
+from mergekit_lite.boosting.search.point import Point
 from mergekit_lite.boosting.search.study import candidate_file
 from mergekit_lite.boosting.summary import highest, verdict
 from mergekit_lite.commands.app.planned import table
@@ -79,9 +80,12 @@ def _found(result: Result, ended: bool) -> Iterator[Markup]:
 
 
 def in_part(folder: Path) -> str:
-    """Return what is being measured in the folder of a search, in words; empty where nothing is."""
+    """Return which candidates are being measured in the folder of a search, and how far; empty where none is."""
+    ended = {candidate_file(folder, point.params, "partial.jsonl").name for point in _points(folder)}
     told = []
     for path in sorted(folder.glob("candidates/*.partial.jsonl")):
+        if path.name in ended:  # what is missing of it was not wanted
+            continue
         try:
             with path.open("rb") as file:
                 rows = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
@@ -93,11 +97,16 @@ def in_part(folder: Path) -> str:
 
 def names_of(folder: Path) -> list[str]:
     """Return the names of the candidates whose answers can be looked at, the baseline first; of no search none."""
+    return [point.name for point in _points(folder)]
+
+
+def _points(folder: Path) -> list[Point]:
+    """Return the baseline and the candidates that are in; none where figures can't be read, as the curve tells."""
     try:
         result = result_of(folder)
-    except MergekitLiteError:  # told where the curve would be
+    except MergekitLiteError:
         return []
-    return [] if result is None else [point.name for point in (result.baseline, *result.points)]
+    return [] if result is None else [result.baseline, *result.points]
 
 
 def _usual_names(result: Result) -> list[str]:

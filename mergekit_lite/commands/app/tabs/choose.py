@@ -150,7 +150,9 @@ def _state(runs: Runs, state: State) -> Markup:
         return element("p", "No search was begun yet.")
     done = state.kind == "done"
     parts = standing(state.output, replace(state, said="") if done else state)
-    if done:  # the same stands below, in full
+    if done:  # the candidates stand below, in full
+        warnings = [line for line in state.said.splitlines() if line.startswith("Warning:")]
+        parts += [element("p", f"⚠ {line.removeprefix('Warning: ')}", class_="warning") for line in warnings]
         parts.append(element("details", element("summary", "What it said"), element("pre", state.said, tabindex="0")))
     if state.kind in ("running", "stopped") and (told := in_part(folder_of(runs.root, state.output))):
         parts.append(element("p", told))

@@ -11,7 +11,7 @@ from mergekit_lite.checkpoint.hub import is_repository
 from mergekit_lite.commands.app.downloads import Downloads, Needed
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import table
-from mergekit_lite.commands.app.runs import shown_command
+from mergekit_lite.commands.app.runs import STREAM, shown_command
 from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
 from mergekit_lite.commands.units import size
 from mergekit_lite.errors import MergekitLiteError, counted
@@ -57,7 +57,7 @@ def hub_part(places: Places, online: Online) -> gr.Textbox:
             found = _named(written)
         except MergekitLiteError as error:
             return refusal(str(error))
-        return listed([asked(places, ["inspect", name, "--stream"], [name], environment=online) for name in found])
+        return listed([asked(places, ["inspect", name, STREAM], [name], environment=online) for name in found])
 
     def started(models: list[Needed]) -> list[Any]:
         try:

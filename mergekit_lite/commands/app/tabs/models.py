@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,19 +29,21 @@ def models_tab(places: Places, online: Online) -> gr.Textbox:
     def inspected(names: list[str]) -> Markup:
         return listed([asked(places, ["inspect", name], [name]) for name in names], "Choose a model.")
 
-    def compared(names: list[str]) -> Markup:
-        if len(names) < 2:
-            return refusal("Choose a base and a model that was tuned from it, or several.")
-        with TemporaryDirectory() as folder:
-            file = Path(folder, "compare.html")
-            said = asked(places, ["compare", *names], names, ["--html", str(file)])
-            if not file.exists():
-                return said
-            whole = file.read_text(encoding="utf-8")
-        frame = element("iframe", srcdoc=whole, sandbox="allow-scripts", title="Comparison", class_="report")
-        return listed([said, frame])
-
     on(inspect.click, inspected, chosen, told)
-    on(compare.click, compared, chosen, told)
+    on(compare.click, lambda names: compared(places, names), chosen, told)
     on(refresh.click, lambda: gr.Dropdown(choices=places.models()), None, chosen)
     return names
+
+
+def compared(places: Places, names: list[str], options: Sequence[str] = ()) -> Markup:
+    """Return what ``compare`` says of models, the base first, and its page."""
+    if len(names) < 2:
+        return refusal("Choose a base and a model that was tuned from it, or several.")
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "compare.html")
+        said = asked(places, ["compare", *names, *options], names, ["--html", str(file)])
+        if not file.exists():
+            return said
+        whole = file.read_text(encoding="utf-8")
+    frame = element("iframe", srcdoc=whole, sandbox="allow-scripts", title="Comparison", class_="report")
+    return listed([said, frame])

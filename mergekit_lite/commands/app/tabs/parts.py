@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -23,14 +23,15 @@ def asked(
     places: Places,
     arguments: list[str],
     references: list[str],
-    more: list[str] | None = None,
+    more: Sequence[str] = (),
+    seconds: float = 600,
     environment: Online = MappingProxyType({}),
 ) -> Markup:
     """Return what a command says, under the command itself."""
     if problems := [why for reference in references if (why := places.refusal(reference))]:
         return refusal("\n".join(problems))
     try:
-        said = ask(places.root, [*arguments, *(more or [])], environment=environment)
+        said = ask(places.root, [*arguments, *more], seconds, environment)
     except MergekitLiteError as error:
         said = str(error)
     return element("div", element("code", shown_command(arguments)), element("pre", said, tabindex="0"))

@@ -15,8 +15,10 @@ from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.pace import Pace
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import Planned, planned, shown, tree_of
+from mergekit_lite.commands.app.public import checked
 from mergekit_lite.commands.app.runs import Runs
 from mergekit_lite.commands.app.tabs.parts import listed, on
+from mergekit_lite.commands.app.tabs.public import public_plan
 from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.yaml_document import text_of
 
@@ -68,11 +70,12 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
         with gr.Column(min_width=300):
             told = gr.HTML(elem_id="plan")
             time = gr.HTML(elem_id="time")
+            plan_by_range = gr.Button("Plan", visible=places.is_public, elem_id="predict")
 
     def replanned(written: str) -> list[Any]:
-        result = planned(written, "merged", places)
-        missing = [] if result.plan is not None or result.tree is None else dict.fromkeys(places.of_hub(result.tree))
-        wanted = " ".join(missing) if missing else gr.skip()
+        result = checked(written, places) if places.is_public else planned(written, "merged", places)
+        missing = dict.fromkeys(places.of_hub(result.tree)) if result.tree is not None and not result.steps else ()
+        wanted = " ".join(missing) if missing and not places.is_public else gr.skip()
         return [listed([shown(result), _marks(result)]), "", wanted, curves(result), *_moved(result)]
 
     def moved(number: int) -> Callable[[str, float], str]:
@@ -87,14 +90,20 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
         result = planned(written, "merged", places)
         return element("p", pace.told(result.steps, thread_time() - started)) if result.steps else ""
 
+    def of_template(name: str | None) -> Any:
+        return known[name].read_text(encoding="utf-8") if name else gr.skip()  # passed by with Tab, nothing is chosen
+
     quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
     # One event for all: of two, the plan of the text that was there first might come last.
     shows = [told, time, names, drawn, *sliders]
     plan = gr.on([text.change, *opened], replanned, text, shows, api_visibility="private", **quick)
-    on(plan.then, timed, text, time, show_progress="hidden")
+    if places.is_public:
+        on(plan_by_range.click, lambda written: public_plan(places, written), text, time)
+    else:
+        on(plan.then, timed, text, time, show_progress="hidden")
     for number, slider in enumerate(sliders):
         on(slider.input, moved(number), [text, slider], text, **quick)
-    on(template.input, lambda name: known[name].read_text(encoding="utf-8"), template, text)
+    on(template.input, of_template, template, text)
     return text
 
 
@@ -103,7 +112,8 @@ def _latest(places: Places, runs: Runs) -> str:
     path = runs.folder / f"{runs.state().output}.yml"
     if path.is_file():
         return text_of(path)
-    models = [*filter(PLAIN.fullmatch, places.models()), "./first", "./second"]
+    where = "org" if places.is_public else "."
+    models = [*filter(PLAIN.fullmatch, places.models()), f"{where}/first", f"{where}/second"]
     return FIRST.format(*models)
 
 

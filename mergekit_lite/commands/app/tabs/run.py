@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.planned import checked, output_of, planned, shown
-from mergekit_lite.commands.app.runs import Runs, State
+from mergekit_lite.commands.app.planned import documents_by_range, output_of, planned, shown
+from mergekit_lite.commands.app.runs import STREAM, Runs, State
 from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal, standing
 from mergekit_lite.commands.app.tabs.push import push_part
 from mergekit_lite.engine.run import check_outputs
@@ -39,7 +39,7 @@ def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online) -> None:
     def look() -> list[Any]:
         state = runs.state()
         usable = (state.kind != "running", state.kind == "running", state.kind == "stopped", state.kind == "done")
-        return [_state(places, state), *(gr.Button(interactive=each) for each in usable)]
+        return [shown_state(places, state), *(gr.Button(interactive=each) for each in usable)]
 
     def started(written: str, name: str, by_range: bool) -> list[Any]:
         wrong: Markup | str = ""
@@ -61,11 +61,11 @@ def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online) -> None:
 
     def planned_by_range(written: str) -> Markup:
         try:
-            checked(written, places)
+            documents_by_range(written, places)
             file = runs.keep(written)
         except MergekitLiteError as error:
             return refusal(str(error))
-        return asked(places, ["plan", file, "--stream"], [], environment=online)
+        return asked(places, ["plan", file, STREAM], [], environment=online)
 
     def resumed() -> list[Any]:
         try:
@@ -93,7 +93,7 @@ def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online) -> None:
 
 def _start_streamed(written: str, name: str, places: Places, runs: Runs) -> None:
     """Start a run that reads models of the hub by range: only its process may ask the hub, so it plans it, too."""
-    documents = checked(written, places)
+    documents = documents_by_range(written, places)
     given = output_of(documents, name)
     outputs = [given.replace("{name}", each.name) for each in final(documents)]
     if there := [each for each in outputs if (places.root / each).exists()]:
@@ -101,7 +101,7 @@ def _start_streamed(written: str, name: str, places: Places, runs: Runs) -> None
     runs.start(written, name, outputs, streamed=True)
 
 
-def _state(places: Places, state: State) -> Markup:
+def shown_state(places: Places, state: State) -> Markup:
     """Return how a run stands as HTML: the command, a bar, what it said, and the card of what it made."""
     if state.kind == "none":
         return element("p", "Nothing was run yet.")
