@@ -19,8 +19,10 @@ def test_one_run_at_a_time(places: Places) -> None:
     """A run holds the lock, whoever started it."""
     folder = places.root / FOLDER
     folder.mkdir(mode=0o700)
-    (folder / "run.json").write_text(json.dumps({"arguments": ["merge"], "output": "merged", "process": 1}))
-    with (folder / "lock").open("w") as lock:
+    record = {"arguments": ["merge", "recipe.yml", "-o", "merged"], "output": "merged", "outputs": ["merged"]}
+    (folder / "run.json").write_text(json.dumps(record | {"process": 1}))
+    (folder / "lock").write_text("run")
+    with (folder / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert Runs(places.root).state().kind == "running"
         with pytest.raises(UsageError, match="A run goes on"):
