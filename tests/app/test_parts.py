@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +12,8 @@ from mergekit_lite.commands.app.guard import MOST_BYTES, Guard
 from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import planned, shown, tree_of
-from mergekit_lite.commands.app.runs import FOLDER, Runs, ask
 from mergekit_lite.errors import UsageError
-from tests.models import state, tuned, write_folder
+from tests.models import state, write_folder
 
 TIES = """\
 merge_method: ties
@@ -28,19 +24,6 @@ models:
   - model: ./code
     parameters: {weight: 0.5, density: 0.5}
 """
-
-
-@pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
-    root = tmp_path / "root"
-    base = state(0)
-    write_folder(root / "base", base)
-    write_folder(root / "math", tuned(base, 1))
-    write_folder(root / "code", tuned(base, 2))
-    write_folder(tmp_path / "secret", tuned(base, 3))
-    (tmp_path / "cache").mkdir()
-    monkeypatch.chdir(root)
-    return Places(root, tmp_path / "cache")
 
 
 def problems(text: str, places: Places) -> list[tuple[int | None, str]]:
@@ -189,47 +172,3 @@ def test_the_page_itself_is_answered() -> None:
 )
 def test_nothing_else_is(status: int, path: str, headers: dict[str, str]) -> None:
     assert answer(path, **headers) == status
-
-
-def test_no_module_comes_from_the_folder_of_the_models(places: Places) -> None:
-    """A stranger's model may have files that are named as modules, and commands are run in the folder of models."""
-    for name in ("json", "numpy", "torch", "safetensors", "mergekit_lite", "yaml"):
-        (places.root / f"{name}.py").write_text("raise SystemExit('code of a model was run')")
-    assert "9 tensors" in ask(places.root, ["inspect", "./base"])
-
-
-@pytest.mark.parametrize("odd", ["open", "link", "damaged", "odd"])
-def test_a_run_that_a_stranger_wrote_down_is_none(places: Places, odd: str) -> None:
-    """A folder of models from elsewhere may bring a folder of the page's name, with any command to resume."""
-    record = {"arguments": ["distill", "run", "rule.yaml"], "output": "base", "process": 1}
-    written = {"damaged": '{"arguments": [', "odd": "[]"}.get(odd, json.dumps(record))
-    folder = places.root / FOLDER
-    made = places.root.parent / "elsewhere" if odd == "link" else folder
-    made.mkdir(mode=0o755 if odd == "open" else 0o700)
-    (made / "run.json").write_text(written)
-    if odd == "link":
-        folder.symlink_to(made)
-    runs = Runs(places.root)
-    assert runs.state().kind == "none"
-    with pytest.raises(UsageError, match="no run that was stopped"):
-        runs.resume()
-    if odd in ("open", "link"):
-        with pytest.raises(UsageError, match="not made by this page"):
-            runs.start(TIES, "merged")
-
-
-def test_where_nothing_can_be_written_it_is_said(places: Places) -> None:
-    (places.root / FOLDER).mkdir(mode=0o700)
-    (places.root / FOLDER / "merged.yml").symlink_to("/dev/full")
-    with pytest.raises(UsageError, match="No space left on device"):
-        Runs(places.root).start(TIES, "merged")
-    assert Runs(places.root).state().kind == "none"
-
-
-def test_names_that_can_not_be_shown_stop_no_page(places: Places) -> None:
-    """Names that are no UTF-8, of two lines, or that turn the direction of text; the nearest models come first."""
-    for name in (b"bad\xff", b"two\nlines", "\u202ertl".encode()):
-        write_folder(places.root / os.fsdecode(name), state(0))
-    write_folder(places.root / "a" / "b", state(0))
-    assert places.models() == ["./base", "./code", "./math", "./a/b"]
-    json.dumps(places.models()).encode("utf-8")
