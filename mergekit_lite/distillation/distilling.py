@@ -41,11 +41,12 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
         MergekitLiteError: a model can't be asked, judged or trained. What was finished is kept.
     """
     loaded, reporter = load(Path(recipe)), reporter or Reporter()
-    _hold_batches(loaded)
-    for each in each_round(loaded, reporter):
+    for number, each in enumerate(each_round(loaded, reporter)):
         teaching.check(each)  # what would be refused hours later
         training.check(each)
         sampling.check(each, and_target=True)
+        if number == 0:
+            _hold_batches(loaded)
         _stages(each, reporter, skip_missing)
     reporter.line("[report]")
     return report(loaded, reporter)

@@ -123,11 +123,14 @@ class DryRun(NamedTuple):
     rounds: tuple[RoundPlan, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data; only a training that will be refused has a ``problem``."""
         tables = {
             key: [row._asdict() for row in getattr(self, key)]
             for key in ("domains", "sources", "teachers", "training", "rounds")
         }
+        tables["training"] = [
+            {key: value for key, value in row.items() if key != "problem" or value} for row in tables["training"]
+        ]
         return {**self._asdict(), **tables}
 
 

@@ -152,8 +152,8 @@ def test_rows_skip_three_stages(tmp_path: Path) -> None:
     code, told, _ = invoke("run", path, "--dry-run", "--json")
     assert code == 0
     assert json.loads(told)["training"] == [
-        {"stage": "sft", "rows": 6, "steps": 3, "problem": ""},
-        {"stage": "preference", "rows": 7, "steps": 3, "problem": ""},
+        {"stage": "sft", "rows": 6, "steps": 3},
+        {"stage": "preference", "rows": 7, "steps": 3},
     ]
     assert json.loads(told)["left_out"][0].startswith(f"{tmp_path / 'preference.jsonl'}:8: the columns 'chosen'")
     for stage in ("sample", "score"):
