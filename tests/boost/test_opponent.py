@@ -146,6 +146,8 @@ def test_who_compares_sees_its_answers_and_nobody_else(place: Path, fake: Fake) 
 def test_what_is_wrong_is_said_before_anybody_is_asked(place: Path, fake: Fake) -> None:
     ran = boosted("--opponent", "moa.yml", "--score", "exact", "--limits", "growth=much")
     assert ran.exit_code == 2 and "--opponent is for scores that compare" in ran.output and "growth" in ran.output
+    ran = boosted("--opponent", "moa.yml", "--score", f"pairwise:judge,server={fake.url},against=rivals")
+    assert ran.exit_code == 2 and "--opponent is for scores that compare" in ran.output, ran.output
     write_recipe(place, fake.url, samples=3)
     ran = boosted("--opponent", "moa.yml", "--score", "exact")
     assert "samples: 3, but an opponent answers each prompt once" in ran.output and "compare with" in ran.output

@@ -50,7 +50,7 @@ class Options(ScorerOptions):
     dtype: Dtype | None = None  # on a CPU float32, else the model's own by default
 
 
-@scorer("pair_rm", needs={"model": "MODEL"}, takes=("batch_size",), read_together=True)
+@scorer("pair_rm", needs={"model": "MODEL"}, takes=("batch_size",), read_together=True, opponent_as="reference")
 class PairRm(Scorer):
     """The score among its rivals; none, with the reason, where there is no rival, or the turns are of other roles."""
 

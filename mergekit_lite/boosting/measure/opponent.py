@@ -23,6 +23,8 @@ from mergekit_lite.answers.aggregating.running import Reports
 from mergekit_lite.answers.aggregating.steps import said_in
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.scoring.registry import kind_of
+from mergekit_lite.answers.scoring.rivals import meets_rivals
+from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from mergekit_lite.boosting.measure.scores import ScoreSpec
 from mergekit_lite.boosting.search.study import OPPONENT, check_folder
 from mergekit_lite.errors import RunError, UsageError, counted, listing
@@ -51,11 +53,18 @@ def opponent_of(
     problems = [f"--opponent {path}: {why}" for why in absent_models(recipe)]
     if recipe.samples > 1:
         problems.append(f"--opponent {path}: samples: {recipe.samples}, but an opponent answers each prompt once")
-    if not any(score.scorer is not None and kind_of(score.kind).opponent_as is not None for score in scores):
-        problems.append("--opponent is for scores that compare with its answers: give --score pairwise:… or function:…")
+    if not any(score.scorer is not None and _compares(score.scorer) for score in scores):
+        problems.append(
+            "--opponent is for scores that compare with its answers: give --score pairwise:…, function:…, or "
+            "pair_rm:…,against=reference"
+        )
     if problems:
         raise UsageError("\n".join(problems))
     return ToAnswer(recipe, folder / OPPONENT / "answers.jsonl", tasks_of(recipe, prompts), ray=ray)
+
+
+def _compares(scorer: ScorerSettings) -> bool:
+    return kind_of(scorer.kind).opponent_as is not None and not meets_rivals(scorer)
 
 
 def answers_of(opponent: ToAnswer, reports: Reports) -> dict[str, str]:
