@@ -8,12 +8,12 @@ words are our own; a step's ``prompt`` takes the place of either.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.tags import end_of_tags
 
 FUSE = (
     "You have been provided with a set of responses from various open-source models to the latest user query. Your "
@@ -152,13 +152,7 @@ def _between_tags(shown: Sequence[Shown]) -> str:
 
     So no text can end before its end, or look like another one.
     """
-    tags = "|".join({each.tag: None for each in shown})
-    ends = ("", *(f"-{number}" for number in range(2, 2 + sum(each.text.count("<") for each in shown))))
-    end = next(
-        end
-        for end in ends
-        if not any(re.search(rf"<\s*/?\s*(?:{tags}){end}(?![\w-])", each.text, re.IGNORECASE) for each in shown)
-    )
+    end = end_of_tags({each.tag for each in shown}, [each.text for each in shown])
     return "\n\n".join(_tagged(each, end) for each in shown)
 
 

@@ -28,6 +28,7 @@ from mergekit_lite.answers.scoring.judging import (
 )
 from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, scorer
 from mergekit_lite.answers.server import Question
+from mergekit_lite.answers.tags import filled
 from mergekit_lite.errors import shortened
 
 FIELDS = ("conversation", "answer", "reference", "lowest", "highest")
@@ -117,7 +118,8 @@ class Judge(Grader):
     options: Options
 
     def _text(self, judged: Judged) -> str:
-        return self.options.prompt.format(
+        return filled(
+            self.options.prompt,
             conversation=conversation(judged.prompt),
             answer=judged.answer,
             reference=judged.prompt.reference or "",

@@ -32,6 +32,7 @@ from mergekit_lite.answers.scoring.judging import (
 from mergekit_lite.answers.scoring.rivals import Against, opponents
 from mergekit_lite.answers.scoring.scorer import Judged, Score, scorer
 from mergekit_lite.answers.server import Question
+from mergekit_lite.answers.tags import filled
 
 FIELDS = ("conversation", "answer_a", "answer_b")
 PROMPT = """\
@@ -120,8 +121,8 @@ class Pairwise(ServedJudge):
         """Return what is asked with the answer as A, and with it as B."""
         asked, ours = conversation(judged.prompt), judged.answer
         return (
-            self.options.prompt.format(conversation=asked, answer_a=ours, answer_b=theirs),
-            self.options.prompt.format(conversation=asked, answer_a=theirs, answer_b=ours),
+            filled(self.options.prompt, conversation=asked, answer_a=ours, answer_b=theirs),
+            filled(self.options.prompt, conversation=asked, answer_a=theirs, answer_b=ours),
         )
 
     def _verdict(self, reply: Reply | str) -> Score:
