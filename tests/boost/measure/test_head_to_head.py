@@ -50,11 +50,10 @@ def wordy(text: str, seed: int) -> str:
     return f"Better: {'tie' if first == second else 'A' if first > second else 'B'}"
 
 
-@pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_judge_sees_the_answers_of_candidate_and_baseline(models: Path, tmp_path: Path, parallel: int) -> None:
+def test_a_judge_sees_the_answers_of_candidate_and_baseline(models: Path, tmp_path: Path) -> None:
     with fake_server(Fake(say=wordy)) as judge:
         request = request_of(
-            models, tmp_path / "out", search="grid", grid={"alpha": (0.5, 1.0)}, parallel=parallel,
+            models, tmp_path / "out", search="grid", grid={"alpha": (0.5, 1.0)},
             scores=(f"pairwise:m,server={judge.url},against=rivals",),
         )  # fmt: skip
         boosted = search_and_write(prepare(request))
