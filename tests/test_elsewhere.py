@@ -138,8 +138,7 @@ HANDLED = {  # where the system is asked first, or nothing runs without POSIX
     "answers/scoring/sandbox.py", "answers/scoring/sandboxed.py", "answers/scoring/math_worker.py",
     "answers/serving.py", "answers/watchdog.py", "boosting/measure/processes.py", "boosting/measure/worker.py",
     "checkpoint/stores/private_folder.py",
-    "commands/app/jobs.py", "commands/app/pace.py", "commands/app/runs.py", "commands/limits.py",
-    "distillation/training/watch.py",
+    "commands/app/pace.py", "commands/app/runs.py", "commands/limits.py", "distillation/training/watch.py",
     "engine/pool.py", "engine/processes.py", "output/file_writer.py", "output/sync.py", "output/working_folder.py",
     "locks.py", "positioned.py", "prediction/cluster.py",
 }  # fmt: skip

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from mergekit_lite.commands.app.runs import FOLDER, Runs
 from mergekit_lite.commands.app.searched import beside, found, in_part, names_of
 from mergekit_lite.errors import UsageError
 from mergekit_lite.plain_text import plain
-from tests.app.test_page import WAIT, Server, at, browser, command, serving, weights
+from tests.app.test_page import Server, at, browser, command, serving, wait, weights
 from tests.boost.end_to_end import write_models, write_pairs, write_prompts
 from tests.boost.search.test_choice import peak
 from tests.boost.test_report import HOSTILE, Answering
@@ -202,13 +201,6 @@ def test_a_search_is_shown_as_it_stands_and_answers_are_text(tmp_path: Path) -> 
     dropped = beside(tmp_path, ["alpha=0", "alpha=16"], 290)
     assert "not measured on this item" in dropped
     assert "Item 150 of" in beside(tmp_path, ["alpha=0"], 150) and "Item 300 of" in beside(tmp_path, [], 10_000)
-
-
-def wait(known: Any) -> None:
-    until = time.monotonic() + WAIT / 1000
-    while not known():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.app.test_page import Server, at, browser, command, run, serving, weights, write
+from tests.app.test_page import Server, at, browser, command, run, serving, wait, weights, write
 from tests.checkpoint.hub_server import Repository
 from tests.models import state, tree_bytes, tuned, write_folder
 from tests.remote.push_hub import TOKEN, PushHub
@@ -22,6 +25,7 @@ from playwright.sync_api import Page, expect
 
 __all__ = ["browser"]  # a fixture
 COMMIT = "c" * 40
+FOLDER = ".mergekit-lite-app"
 RECIPE = """\
 merge_method: linear
 models:
@@ -210,3 +214,64 @@ def test_what_the_hub_has_not_is_told(page: Page, hub: PushHub) -> None:
     page.locator("button#hub-look").click()
     expect(page.locator("#hub-told")).to_contain_text("org/name or org/name@revision is expected")
     assert json.dumps(hub.asked).count("secret") == 0
+
+
+def test_a_download_and_a_push_outlive_their_server(browser: Any, root: Path, hub: PushHub) -> None:
+    """Each is halted while the hub answers; all tabs of the page show it, those of the next server too."""
+    (root / "local.yml").write_text(RECIPE.replace("org/tuned", "./tuned"))
+    command(root, "merge", "local.yml", "-o", "to-push")
+    hub.repositories["org/late"] = Repository({"main": COMMIT}, {COMMIT: tree_bytes(root / "math")})
+    hub.private["org/late"] = False
+    with serving(root) as server, at(browser, server) as page, at(browser, server) as other:
+        opened(page, "Models", "hub")
+        fill(page, "hub-names", "org/late")
+        page.locator("button#hub-look").click()
+        with halted(root, hub, "download", f"GET /org/late/resolve/{COMMIT}/model.safetensors"):
+            page.locator("button#hub-download").click()
+        opened(page, "Run", "push")
+        fill(page, "push-output", "to-push")
+        fill(page, "push-repository", "org/kept")
+        page.locator("button#push-check").click()
+        expect(page.locator("#push-state .done")).to_contain_text("--dry-run")
+        fill(page, "push-again", "org/kept")
+        with halted(root, hub, "push", "POST /api/models/org/kept/commit/main"):
+            page.locator("button#push-now").click()
+        opened(other, "Models", "hub")
+        opened(other, "Run", "push")
+        for each in (page, other):
+            expect(each.locator("#push-state .running")).to_have_count(1)
+            expect(each.locator("#hub-state .running")).to_have_count(1)
+        server.kill()
+    with serving(root) as server, at(browser, server) as page:
+        opened(page, "Run", "push")
+        expect(page.locator("#push-state .running")).to_contain_text("mergekit-lite push to-push org/kept")
+        expect(page.locator("button#push-stop")).to_be_enabled()
+        fill(page, "push-output", "to-push")
+        fill(page, "push-repository", "org/other")
+        page.locator("button#push-check").click()
+        expect(page.locator("#push-refused")).to_contain_text("A run goes on")
+        opened(page, "Models", "hub")
+        expect(page.locator("#hub-state .running")).to_contain_text("org/late is on its way")
+        expect(page.locator("button#hub-stop")).to_be_enabled()
+        for kind in ("push", "download"):
+            os.killpg(group(root, kind), signal.SIGCONT)
+        expect(page.locator("#hub-state .done")).to_contain_text("org/late is here")
+        page.get_by_role("tab", name="Run").click()
+        expect(page.locator("#push-state .done")).to_contain_text("pushed ")
+    assert hub.private["org/kept"] is True
+
+
+@contextmanager
+def halted(root: Path, hub: PushHub, kind: str, asked: str) -> Iterator[None]:
+    """Halt the command that the block starts, in the middle of what it asks of the hub."""
+    hub.held[asked] = threading.Event()
+    try:
+        yield
+        wait(lambda: any(each.endswith(asked) for each in hub.asked))
+        os.killpg(group(root, kind), signal.SIGSTOP)
+    finally:
+        hub.held.pop(asked).set()
+
+
+def group(root: Path, kind: str) -> int:
+    return int(json.loads((root / FOLDER / f"{kind}.json").read_text())["process"])

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,13 @@ def at(browser: Any, server: Server, **options: Any) -> Iterator[Page]:
         assert not elsewhere and not failed, (elsewhere, failed)
 
 
+def wait(known: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT / 1000
+    while not known():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def write(page: Page, text: str) -> None:
     page.get_by_role("tab", name="Recipe").click()
     page.locator("#recipe .cm-content").fill(text)
@@ -181,6 +188,15 @@ def test_from_a_wrong_recipe_to_the_commands_bytes(page: Page, root: Path) -> No
     expect(page.locator("#verdict")).to_contain_text("of-page is sound")
     page.locator("#run").click()
     expect(page.locator("#refused")).to_contain_text("exists")
+    page.reload()
+    page.get_by_role("tab", name="Recipe").click()
+    page.locator("#template input").click()
+    page.get_by_role("option", name="the latest run's").click()
+    expect(page.locator("#plan .plan")).to_contain_text("density 0.5 / 0.3 … 0.7")
+    page.get_by_role("tab", name="Models").click()
+    page.locator("#refresh").click()
+    page.locator("#models input").click()
+    expect(page.get_by_role("option", name="./of-page")).to_be_visible()
 
 
 def test_a_slider_and_the_text_are_one_state(page: Page) -> None:
@@ -223,7 +239,8 @@ def test_it_fits_a_narrow_window(browser: Any, server: Server, scheme: str) -> N
         for name in ("Models", "Recipe", "Run"):
             page.get_by_role("tab", name=name).click()
             assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
-            for text in page.locator(".info-text:visible, button.lg:visible:enabled, #plan p:visible").all():
+            texts = ".info-text, button.lg:enabled, #plan p, [role=tab], .min_value, .cm-gutterElement"
+            for text in page.locator(texts).locator("visible=true").all():
                 assert text.evaluate(CONTRAST) >= 4.5, (name, text.inner_text())  # WCAG 2, 1.4.3
         light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert light == (scheme == "light")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
+import subprocess
 
 import pytest
 
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.runs import FOLDER, Runs, ask
+from mergekit_lite.commands.app.runs import FOLDER, PROGRAM, Runs, ask
 from mergekit_lite.errors import UsageError
 from tests.app.test_parts import TIES
 from tests.models import state, write_folder
@@ -73,3 +75,13 @@ def test_names_that_can_not_be_shown_stop_no_page(places: Places) -> None:
     write_folder(places.root / "a" / "b", state(0))
     assert places.models() == ["./base", "./code", "./math", "./a/b"]
     json.dumps(places.models()).encode("utf-8")
+
+
+def test_a_stop_while_it_is_imported_shows_no_traceback(places: Places) -> None:
+    python, *code = PROGRAM
+    command = [python, "-X", "importtime", *code, "inspect", "./base"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "mergekit_lite._version" in line)  # the first module of many is there
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()

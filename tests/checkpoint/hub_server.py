@@ -35,6 +35,7 @@ class Hub:
     repositories: dict[str, Repository]
     url: str = ""
     asked: list[str] = field(default_factory=list)
+    held: dict[str, threading.Event] = field(default_factory=dict)  # requests that wait, by the end of what is asked
     status: int | None = None  # answers everything with this, if set
 
     @property
@@ -74,12 +75,19 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def ask(self, asked: str) -> None:
+        """Note what is asked, and hold it if the test says so."""
+        self.hub.asked.append(asked)
+        for end, let_go in list(self.hub.held.items()):
+            if asked.endswith(end):
+                let_go.wait()
+
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
-        self.hub.asked.append(f"{self.command} {path}")
+        self.ask(f"{self.command} {path}")
         parts = path.strip("/").split("/")
         if self.hub.status is not None:
             self.fail(self.hub.status)

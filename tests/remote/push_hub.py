@@ -68,7 +68,7 @@ class _PushHandler(_Handler):
     def do_POST(self) -> None:
         path = unquote(urlparse(self.path).path)
         body = self.body()
-        self.hub.asked.append(f"POST {path}")
+        self.ask(f"POST {path}")
         parts = path.strip("/").split("/")
         if path == "/api/repos/create":
             self.create(json.loads(body))

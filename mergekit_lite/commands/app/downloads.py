@@ -7,16 +7,18 @@ import os
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mergekit_lite.commands.app.jobs import Job, JobState
 from mergekit_lite.commands.app.places import WEIGHTS, Places
-from mergekit_lite.commands.app.runs import program
+from mergekit_lite.commands.app.runs import Runs, State, apart, program
 from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.input_files import read_json
 from mergekit_lite.plain_text import plain
 
 PROGRAM = program("needed")
+DOWNLOAD = apart("download", "download.lock")
+NEEDED = "download.needed.json"  # what the latest download takes
 PATIENCE = 120  # seconds in which the hub has to tell
 
 
@@ -53,9 +55,8 @@ class Downloads:
         """Ask the hub with some variables before this process's own."""
         self.places = places
         self.environment = environment
-        self._job = Job(places.root, environment)
+        self._runs = Runs(places.root, DOWNLOAD, online=environment)
         self._models: list[Needed] = []
-        self._latest: Needed | None = None
 
     def needed(self, names: Sequence[str]) -> list[Needed]:
         """Ask the hub what models need. Raises RunError where it doesn't answer."""
@@ -72,34 +73,43 @@ class Downloads:
 
     def start(self, models: Sequence[Needed]) -> None:
         """Download models, one after the other. Raises UsageError where others are on their way."""
-        if self._models:
+        if self.goes_on:
             raise UsageError("There is a download already: wait for its end, or stop it.")
+        self._launch(models[0])
         self._models = list(models)
-        threading.Thread(target=self._all, daemon=True).start()
+        threading.Thread(target=self._follow, daemon=True).start()
 
     def stop(self) -> None:
         """Interrupt the download; a later one goes on with what is there."""
         del self._models[1:]
-        self._job.stop()
+        self._runs.stop()
 
     @property
     def goes_on(self) -> bool:
         """Whether a download is on its way, or waits for its turn."""
-        return bool(self._models)
+        return bool(self._models) or self._runs.state().kind == "running"
 
-    def state(self) -> tuple[JobState, Needed | None, int]:
+    def state(self) -> tuple[State, Needed | None, int]:
         """Return how the latest download stands, of which model, and how many of its bytes are here."""
-        model = self._latest
-        return self._job.state(), model, self._here(model) if model else 0
+        state = self._runs.state()
+        path = self._runs.folder / NEEDED
+        if state.kind == "none" or not path.exists():
+            return state, None, 0
+        model = Needed(**read_json(path))
+        return state, model, self._here(model)
 
-    def _all(self) -> None:
+    def _launch(self, model: Needed) -> None:
+        self._runs.launch(model.command, model.name, {NEEDED: json.dumps(asdict(model))})
+
+    def _follow(self) -> None:
+        """Begin with the next model as long as the one before came."""
         try:
-            while self._models:
-                self._latest = self._models[0]
-                self._job.start(self._latest.command)
-                if self._job.wait():
-                    break
-                self._models.pop(0)
+            while True:
+                self._runs.wait()
+                del self._models[0]
+                if not self._models or self._runs.state().kind != "done":
+                    return
+                self._launch(self._models[0])
         finally:
             self._models = []
 

@@ -151,7 +151,7 @@ class Places:
         """Return the name of an output in the root as it is. Raises UsageError where it is none."""
         if not NAME.fullmatch(name):
             raise UsageError(
-                f"The output is a new folder in {self.root}: a name of letters, digits, '.', '_', '-'; got {name!r}."
+                f"The output is a folder in {self.root}: a name of letters, digits, '.', '_', '-'; got {name!r}."
             )
         return name
 

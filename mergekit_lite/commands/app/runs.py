@@ -38,9 +38,13 @@ PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
 
 
 def program(module: str) -> tuple[str, ...]:
-    """Return the command of a module of this folder, which has a ``start``."""
-    begin = f"import sys; sys.path[:] = {PATHS}; from {__package__}.{module} import start; start()"
-    return sys.executable, "-c", begin
+    """Return the command of a module of this folder, which has a ``start``.
+
+    As long as it is imported, an interruption ends it without a traceback.
+    """
+    silent = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    begin = f"sys.path[:] = {PATHS}; from {__package__}.{module} import start; start()"
+    return sys.executable, "-c", f"{silent}; {begin}"
 
 
 PROGRAM = program("child")
@@ -119,12 +123,16 @@ class Kind:
             (it can be resumed) or ``failed`` (it can't).
         resuming: what is added to the command where it goes on.
         apart: whether what it prints as its result is kept apart from what it says, in ``NAME.out``.
+        online: whether it asks the hub in any case, not only where models are read by range.
+        lock: the file that it holds: of the kinds with the same one, one run goes on at a time.
     """
 
     name: str
     stands: Callable[[Path, State], str]
     resuming: tuple[str, ...] = ()
     apart: bool = False
+    online: bool = False
+    lock: str = "lock"
 
 
 def _given(output: str, outputs: Sequence[str]) -> str:
@@ -141,6 +149,16 @@ def _merge_stands(root: Path, state: State) -> str:
         *(f".{each}.partial" for each in state.outputs),
     )
     return "stopped" if any((root / each).exists() for each in left) else "failed"
+
+
+def apart(name: str, lock: str) -> Kind:
+    """Return a kind of runs that ask the hub beside the others: one is done once it has printed its result."""
+
+    def stands(root: Path, _state: State) -> str:
+        path = root / FOLDER / f"{name}.out"
+        return "done" if path.exists() and path.stat().st_size else "failed"
+
+    return Kind(name, stands, apart=True, online=True, lock=lock)
 
 
 MERGE = Kind("run", _merge_stands, ("--resume",))
@@ -168,14 +186,14 @@ def telling(folder: Path) -> Iterator[None]:
 
 
 class Runs:
-    """The latest run of a kind in a root; of all kinds together one goes on at a time."""
+    """The latest run of a kind in a root; of all kinds that share a lock one goes on at a time."""
 
     def __init__(
         self, root: Path, kind: Kind = MERGE, *, online: Mapping[str, str] = NOTHING, seconds: float | None = None
     ) -> None:
         """Look at what a server before left in ``root``.
 
-        Runs that read from the hub get the variables of ``online``; each is killed after ``seconds``.
+        Runs that ask the hub get the variables of ``online``; each is killed after ``seconds``.
         """
         self.root = root
         self.folder = root / FOLDER
@@ -219,6 +237,15 @@ class Runs:
             with suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGINT)
 
+    def wait(self) -> None:
+        """Wait for the end of the run that this server started."""
+        self._follower.join()
+
+    def printed(self) -> str:
+        """Return what the latest run, of a kind that keeps it apart, printed as its result so far."""
+        path = self._file("out")
+        return said_in(path.read_bytes()).text if path.exists() else ""
+
     def state(self) -> State:
         """Return how the latest run stands."""
         goes_on = self._goes_on()
@@ -250,7 +277,7 @@ class Runs:
             outputs: the folders that it makes, if not only ``output``.
 
         Raises:
-            UsageError: a run goes on, of whatever kind, or its files can't be written.
+            UsageError: a run goes on, of whatever kind with this lock, or its files can't be written.
         """
         with _STARTING, telling(self.folder):
             self._make_folder()
@@ -265,7 +292,7 @@ class Runs:
                     process = subprocess.Popen(
                         [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stderr=said,
                         stdout=out or said, pass_fds=[lock], start_new_session=True,
-                        env=os.environ | (self.online if STREAM in arguments else NOTHING),
+                        env=os.environ | (self.online if self.kind.online or STREAM in arguments else NOTHING),
                     )  # fmt: skip
                 made = {"output": output, "outputs": [*(outputs or [output])]}
                 record = {"arguments": arguments, "process": process.pid, **made}
@@ -297,7 +324,7 @@ class Runs:
 
     def _lock(self, kind: int = fcntl.LOCK_EX) -> int | None:
         """Return the open file of the lock, held; None where a run holds it."""
-        path = self.folder / "lock"
+        path = self.folder / self.kind.lock
         if kind == fcntl.LOCK_SH and not path.exists():
             path = self.folder  # no run was started yet; on a disk that can't be written to it stays so
         lock = os.open(path, os.O_RDONLY if kind == fcntl.LOCK_SH else os.O_RDWR | os.O_CREAT, 0o600)
@@ -315,7 +342,7 @@ class Runs:
         with _STARTING:
             lock = self._lock(fcntl.LOCK_SH)
             if lock is None:
-                return read_text(self.folder / "lock", MOST_SAID) == self.kind.name
+                return read_text(self.folder / self.kind.lock, MOST_SAID) == self.kind.name
         os.close(lock)
         return False
 

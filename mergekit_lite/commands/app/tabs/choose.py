@@ -27,7 +27,7 @@ FURTHER = "As the command takes them: --max-tokens 64 --limits growth=2; or, wit
 def choose_tab(places: Places) -> None:
     """Lay out the tab."""
     runs = Runs(places.root, BOOST)
-    models, files = places.models(), data_files(places)
+    models = places.models()
     latest = [each for each in runs.state().arguments[1:3] if not each.startswith("-")]
     sft, aligned = latest if len(latest) == 2 else (None, None)
     own: dict[str, Any] = {"allow_custom_value": True, "interactive": True}
@@ -36,7 +36,12 @@ def choose_tab(places: Places) -> None:
         tuned = gr.Dropdown(models, value=aligned, label="After alignment", elem_id="choose-aligned", **own)
     with gr.Row():
         data = gr.Dropdown(
-            files, value=None, label="Prompts", info="Pairs for the score pairs", elem_id="choose-data", **own
+            data_files(places),
+            value=None,
+            label="Prompts",
+            info="Pairs for the score pairs",
+            elem_id="choose-data",
+            **own,
         )
         kinds = [form for kind, form in forms().items() if kind in SCORES]
         score = gr.Dropdown(
@@ -51,10 +56,11 @@ def choose_tab(places: Places) -> None:
         )
     more = gr.Textbox(label="Further options", info=FURTHER, elem_id="choose-more", max_lines=1)
     with gr.Row():
+        refresh = gr.Button("Look again", elem_id="choose-refresh")
         check = gr.Button("Check", elem_id="choose-check")
         start = gr.Button("Search", variant="primary", elem_id="choose-start")
-        stop = gr.Button("Stop", variant="stop", elem_id="choose-stop")
-        resume = gr.Button("Resume", elem_id="choose-resume")
+        stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="choose-stop")
+        resume = gr.Button("Resume", interactive=False, elem_id="choose-resume")
     refused = gr.HTML(elem_id="choose-refused")
     stands = gr.HTML(elem_id="choose-state")
     curve = gr.HTML(elem_id="choose-curve")
@@ -69,12 +75,16 @@ def choose_tab(places: Places) -> None:
             )
             number = gr.Number(1, minimum=1, precision=0, label="Item", elem_id="choose-item")
         answers = gr.HTML(elem_id="choose-answers")
-    report = gr.Button("Report", elem_id="choose-report")
+    report = gr.Button("Report", interactive=False, elem_id="choose-report")
     page = gr.HTML(elem_id="choose-page")
     form = [base, tuned, data, score, alphas, output, more]
     seen = gr.State("")  # of which figures the curve is
     now = [stands, start, stop, resume, report]
     drawn = [seen, curve, chosen]
+
+    def listed() -> list[Any]:
+        models = places.models()
+        return [gr.Dropdown(choices=models), gr.Dropdown(choices=models), gr.Dropdown(choices=data_files(places))]
 
     def look(state: State | None = None) -> list[Any]:
         state = runs.state() if state is None else state
@@ -127,6 +137,7 @@ def choose_tab(places: Places) -> None:
             return refusal(str(error))
         return element("iframe", srcdoc=whole, sandbox="allow-scripts", title="Report", class_="report")
 
+    on(refresh.click, listed, None, [base, tuned, data])
     on(check.click, checked, form, refused)
     on(start.click, started, form, [refused, page, *now])
     on(resume.click, resumed, None, [refused, *now])
@@ -140,6 +151,7 @@ def choose_tab(places: Places) -> None:
         answers,
         api_visibility="private",
         show_progress="hidden",
+        trigger_mode="always_last",  # else what is chosen while the page still answers is lost
     )
     chat_part(places, base, tuned)
 

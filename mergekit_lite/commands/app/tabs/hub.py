@@ -11,7 +11,7 @@ from mergekit_lite.checkpoint.hub import is_repository
 from mergekit_lite.commands.app.downloads import Downloads, Needed
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import table
-from mergekit_lite.commands.app.runs import STREAM, shown_command
+from mergekit_lite.commands.app.runs import STREAM, State, shown_command
 from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
 from mergekit_lite.commands.units import size
 from mergekit_lite.errors import MergekitLiteError, counted
@@ -38,7 +38,7 @@ def hub_part(places: Places, online: Online) -> gr.Textbox:
         told = gr.HTML(elem_id="hub-told")
         stands = gr.HTML(elem_id="hub-state")
         offered = gr.State([])
-        timer = gr.Timer(TICK, active=False)
+        known = gr.State()  # what is shown of a download
 
     def looked(written: str) -> list[Any]:
         nothing = [[], gr.Button("Download", interactive=False)]
@@ -63,18 +63,21 @@ def hub_part(places: Places, online: Online) -> gr.Textbox:
         try:
             downloads.start(models)
         except MergekitLiteError as error:
-            return [refusal(str(error)), *[gr.skip()] * 3]
-        return ["", gr.Button(interactive=False), gr.Button(interactive=True), gr.Timer(active=True)]
+            return [refusal(str(error)), gr.skip(), None]
+        return ["", gr.Button(interactive=False), None]
 
-    def seen() -> list[Any]:
-        goes_on = downloads.goes_on
-        return [_state(downloads), gr.Button(interactive=goes_on), gr.Timer(active=goes_on)]
+    def seen(before: object) -> list[Any]:
+        now = (downloads.state(), downloads.goes_on)
+        if now == before:
+            return [gr.skip()] * 3
+        (run, model, here), goes_on = now
+        return [_state(run, model, here), gr.Button(interactive=goes_on), now]
 
     on(look.click, looked, names, [told, offered, start])
     on(by_range.click, inspected, names, told)
-    on(start.click, started, offered, [stands, start, stop, timer])
+    on(start.click, started, offered, [stands, start, known])
     on(stop.click, downloads.stop, None, None)
-    on(timer.tick, seen, None, [stands, stop, timer], show_progress="hidden")
+    on(gr.Timer(TICK).tick, seen, known, [stands, stop, known], show_progress="hidden")
     on(names.input, lambda: [[], gr.Button("Download", interactive=False)], None, [offered, start])
     return names
 
@@ -106,20 +109,19 @@ def _told(found: list[Needed], places: Places) -> Markup:
     return element("div", table(("model", "files", "size", "what"), rows), element("p", room))
 
 
-def _state(downloads: Downloads) -> Markup:
+def _state(run: State, model: Needed | None, here: int) -> Markup:
     """Return how a download stands as HTML."""
-    job, model, here = downloads.state()
     if model is None:
         return Markup()
-    words = {"none": "begins", "running": "is on its way", "done": "is here: Look again lists it",
+    words = {"running": "is on its way", "done": "is here: Look again lists it",
              "failed": "is not here: what came is kept, and the next download goes on with it"}  # fmt: skip
-    text = f" {words[job.kind]}. {size(here)} of {size(model.nbytes)}"
+    text = f" {words[run.kind]}. {size(here)} of {size(model.nbytes)}"
     parts = [element("p", element("b", model.name), text, role="status")]
-    if job.kind == "running":
+    if run.kind == "running":
         parts.append(
             element("progress", max="1", value=f"{here / max(model.nbytes, 1):.3f}", aria_label="Share that is here")
         )
     parts.append(element("code", shown_command(model.command)))
-    if job.kind in ("done", "failed"):
-        parts.append(element("pre", job.said.text, tabindex="0"))
-    return element("div", *parts, class_=job.kind)
+    if run.said:
+        parts.append(element("pre", run.said, tabindex="0"))
+    return element("div", *parts, class_=run.kind)

@@ -50,7 +50,7 @@ def listed(parts: list[Markup], otherwise: str = "") -> Markup:
 def standing(name: str, state: State) -> list[Markup]:
     """Return how a run stands: what it makes, a bar while it goes on, the command, and what that said."""
     words = {"running": "runs", "stopped": "stopped: Resume goes on with what was finished", "failed": "failed",
-             "done": "done"}  # fmt: skip
+             "done": "is done"}  # fmt: skip
     parts = [element("p", element("b", name), f" {words[state.kind]}. {state.progress}", role="status")]
     if state.kind == "running":
         told = {} if state.share is None else {"value": str(state.share)}

@@ -6,21 +6,22 @@ from typing import Any
 
 import gradio as gr
 
-from mergekit_lite.commands.app.jobs import Job, JobState
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.runs import Runs, shown_command
+from mergekit_lite.commands.app.runs import Runs, State, apart, shown_command
 from mergekit_lite.commands.app.tabs.parts import Online, on, refusal
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.pushing import check_name
 
 TICK = 1.0  # seconds between two looks at a command
-WORDS = {"none": "", "running": "goes on", "failed": "failed", "done": "is done"}
+DRY = "--dry-run"
+PUSH = apart("push", "push.lock")
+WORDS = {"running": "goes on", "failed": "failed", "done": "is done"}
 
 
 def push_part(places: Places, runs: Runs, online: Online) -> None:
     """Lay out the part."""
-    job = Job(places.root, online)
+    pushes = Runs(places.root, PUSH, online=online)
     with gr.Accordion("Put it on the hub", open=False, elem_id="push"):
         output = gr.Textbox(label="Output", info="Empty: what the latest run made", elem_id="push-output")
         repository = gr.Textbox(
@@ -37,35 +38,38 @@ def push_part(places: Places, runs: Runs, online: Online) -> None:
         refused = gr.HTML(elem_id="push-refused")
         stands = gr.HTML(elem_id="push-state")
         checked = gr.State([])  # the command that may be run, once its dry run was sound
-        timer = gr.Timer(TICK, active=False)
+        known = gr.State()  # what is shown of a push
 
     def dry(name: str, where: str, everybody: bool) -> list[Any]:
         try:
-            job.start([*_command(places, runs, name, where, everybody), "--dry-run"])
+            arguments = _command(places, runs, name, where, everybody)
+            pushes.launch([*arguments, DRY], arguments[1])
         except MergekitLiteError as error:
-            return [refusal(str(error)), [], *[gr.skip()] * 3]
-        return ["", [], *_closed(), gr.Timer(active=True)]
+            return [refusal(str(error)), [], *_closed(), gr.skip()]
+        return ["", [], *_closed(), None]
 
     def pushed(arguments: list[str], word: str) -> list[Any]:
         try:
             if not arguments or word.strip() != arguments[2]:
                 raise UsageError("Write the repository's name once more, as it was checked.")
-            job.start(arguments)
+            pushes.launch(arguments, arguments[1])
         except MergekitLiteError as error:
             return [refusal(str(error)), arguments, *[gr.skip()] * 3]
-        return ["", [], *_closed(), gr.Timer(active=True)]
+        return ["", [], *_closed(), None]
 
-    def seen() -> list[Any]:
-        state = job.state()
-        goes_on = state.kind == "running"
-        sound = [*state.arguments[:-1]] if state.kind == "done" and state.arguments[-1] == "--dry-run" else []
+    def seen(before: State | None) -> list[Any]:
+        state = pushes.state()
+        if state == before:
+            return [gr.skip()] * 6
+        sound = [*state.arguments[:-1]] if state.kind == "done" and state.arguments[-1] == DRY else []
         opened = (gr.Textbox(interactive=bool(sound)), gr.Button(interactive=bool(sound)))
-        return [_state(state), sound, *opened, gr.Button(interactive=goes_on), gr.Timer(active=goes_on)]
+        return [_state(state, pushes.printed()), sound, *opened, gr.Button(interactive=state.kind == "running"), state]
 
-    on(check.click, dry, [output, repository, public], [refused, checked, again, push, timer])
-    on(push.click, pushed, [checked, again], [refused, checked, again, push, timer])
-    on(stop.click, job.stop, None, None)
-    on(timer.tick, seen, None, [stands, checked, again, push, stop, timer], show_progress="hidden")
+    on(check.click, dry, [output, repository, public], [refused, checked, again, push, known])
+    on(push.click, pushed, [checked, again], [refused, checked, again, push, known])
+    on(stop.click, pushes.stop, None, None)
+    shown = [stands, checked, again, push, stop, known]
+    on(gr.Timer(TICK).tick, seen, known, shown, show_progress="hidden")
     changed: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     gr.on([output.input, repository.input, public.input], lambda: [[], *_closed()], None, [checked, again, push],
           **changed)  # fmt: skip
@@ -91,12 +95,15 @@ def _command(places: Places, runs: Runs, output: str, repository: str, public: b
     return ["push", output.strip(), repository.strip(), *["--public"] * public]
 
 
-def _state(state: JobState) -> Markup:
-    """Return how a command stands as HTML."""
-    what = "The check of every byte" if state.arguments[-1:] == ("--dry-run",) else "The push"
-    parts = [element("p", f"{what} {WORDS[state.kind]}. {state.said.progress}", role="status")]
+def _state(state: State, printed: str) -> Markup:
+    """Return how a command stands as HTML, with what it printed as its result."""
+    if state.kind == "none":
+        return Markup()
+    what = "The check of every byte" if state.arguments[-1] == DRY else "The push"
+    parts = [element("p", f"{what} {WORDS[state.kind]}. {state.progress}", role="status")]
     if state.kind == "running":
-        told = {} if state.said.share is None else {"value": str(state.said.share)}
+        told = {} if state.share is None else {"value": str(state.share)}
         parts.append(element("progress", max="1", aria_label="Progress of the push", **told))
-    parts += [element("code", shown_command(list(state.arguments))), element("pre", state.said.text, tabindex="0")]
+    said = "\n".join(filter(None, (printed, state.said)))
+    parts += [element("code", shown_command(list(state.arguments))), element("pre", said, tabindex="0")]
     return element("div", *parts, class_=state.kind)

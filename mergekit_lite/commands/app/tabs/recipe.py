@@ -22,6 +22,7 @@ from mergekit_lite.commands.app.tabs.public import public_plan
 from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.yaml_document import text_of
 
+LATEST = "the latest run's"
 SLIDERS = 12  # numbers of a recipe that can be moved; the others are changed in the text
 OTHERS = ("moe", "answer")  # folders of recipes that are for other commands
 MARKED_LINES = 100  # of a recipe: of longer ones the editor has not all lines in the page
@@ -53,7 +54,8 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
     """
     known = templates()
     pace = Pace(places)
-    template = gr.Dropdown(list(known), value=None, label="Start from a template", elem_id="template")
+    offered = [*([] if places.is_public else [LATEST]), *known]
+    template = gr.Dropdown(offered, value=None, label="Start from a template", elem_id="template")
     with gr.Row(elem_classes="columns"):
         with gr.Column(min_width=300):
             text = gr.Code(
@@ -91,6 +93,8 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
         return element("p", pace.told(result.steps, thread_time() - started)) if result.steps else ""
 
     def of_template(name: str | None) -> Any:
+        if name == LATEST:
+            return _latest(places, runs)
         return known[name].read_text(encoding="utf-8") if name else gr.skip()  # passed by with Tab, nothing is chosen
 
     quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
@@ -108,9 +112,9 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
 
 
 def _latest(places: Places, runs: Runs) -> str:
-    """Return the recipe of the latest run, or one to begin with."""
+    """Return the recipe of the latest run, or one to begin with; a visitor gets none of another one."""
     path = runs.folder / f"{runs.state().output}.yml"
-    if path.is_file():
+    if path.is_file() and not places.is_public:
         return text_of(path)
     where = "org" if places.is_public else "."
     models = [*filter(PLAIN.fullmatch, places.models()), f"{where}/first", f"{where}/second"]

@@ -28,9 +28,9 @@ def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online) -> None:
     with gr.Row():
         plan = gr.Button("Plan by range", visible=False, elem_id="plan-stream")
         start = gr.Button("Run", variant="primary", elem_id="run")
-        stop = gr.Button("Stop", variant="stop", elem_id="stop")
-        resume = gr.Button("Resume", elem_id="resume")
-        verify = gr.Button("Verify", elem_id="verify")
+        stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+        resume = gr.Button("Resume", interactive=False, elem_id="resume")
+        verify = gr.Button("Verify", interactive=False, elem_id="verify")
     refused = gr.HTML(elem_id="refused")
     stands = gr.HTML(elem_id="state")
     verdict = gr.HTML(elem_id="verdict")
