@@ -132,8 +132,7 @@ def _started(
 
     It gets a free port of its group that is none of ``ports``, which is added to them.
     """
-    place, groups = group
-    port = next(port for port in iter(_free_port, None) if port not in ports and port % groups == place)
+    port = next(port for port in iter(partial(_free_port, *group), None) if port not in ports)
     ports.add(port)
     filled = [word.replace("{port}", str(port)).replace("{model}", model) for word in words]
     watched = [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py")), *filled]
@@ -226,8 +225,19 @@ def _said(log: Path) -> str:
     return "\n".join([" It said:", *(f"  {line}" for line in lines)]) if lines else " It said nothing."
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_port(place: int, groups: int) -> int:
+    """Return a free port whose number leaves ``place`` when it is divided by the number of groups.
+
+    Linux gives out ports of one parity alone as long as it can, so from the one that it gives the next of the group is
+    taken, if that is free.
+    """
+    while True:
+        with socket.socket() as probe, socket.socket() as ours:
+            probe.bind(("127.0.0.1", 0))
+            given: int = probe.getsockname()[1]
+            port = given + (place - given) % groups
+            if port == given:
+                return port
+            with suppress(OSError, OverflowError):
+                ours.bind(("127.0.0.1", port))
+                return port

@@ -18,6 +18,7 @@ from urllib.request import Request as HttpRequest
 import pytest
 
 from mergekit_lite.answers import serving
+from mergekit_lite.answers.serving import _free_port
 from mergekit_lite.boosting.boosting import search_and_write
 from mergekit_lite.boosting.evaluators import evaluator_of
 from mergekit_lite.boosting.request import Request, prepare
@@ -72,6 +73,14 @@ def test_several_servers_share_the_prompts_and_change_nothing(models: Path, tmp_
         ledger = (tmp_path / str(servers) / "out.boost" / "candidates" / "alpha=1.jsonl").read_text().splitlines()
         rows[servers] = sorted(ledger)
     assert rows[1] == rows[3]
+
+
+@pytest.mark.parametrize(("place", "groups"), [(place, groups) for groups in (1, 2, 3, 8) for place in range(groups)])
+def test_every_group_finds_ports_of_its_own(place: int, groups: int) -> None:
+    """Whichever the system gives out: Linux, for instance, even ones."""
+    for _ in range(5):
+        port = _free_port(place, groups)
+        assert port % groups == place and 1024 <= port < 1 << 16
 
 
 @pytest.mark.slow
