@@ -50,10 +50,11 @@ def wordy(text: str, seed: int) -> str:
     return f"Better: {'tie' if first == second else 'A' if first > second else 'B'}"
 
 
-def test_a_judge_sees_the_answers_of_candidate_and_baseline(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_judge_sees_the_answers_of_candidate_and_baseline(models: Path, tmp_path: Path, parallel: int) -> None:
     with fake_server(Fake(say=wordy)) as judge:
         request = request_of(
-            models, tmp_path / "out", search="grid", grid={"alpha": (0.5, 1.0)},
+            models, tmp_path / "out", search="grid", grid={"alpha": (0.5, 1.0)}, parallel=parallel,
             scores=(f"pairwise:m,server={judge.url},against=rivals",),
         )  # fmt: skip
         boosted = search_and_write(prepare(request))
