@@ -90,7 +90,8 @@ def test_statistics_are_of_answers_to_questions_that_nobody_is_judged_by(out):
         rows = [json.loads(line) for line in out.prompts(skill).read_text().splitlines()]
         assert len(rows) == QUICK.read and all(is_right(row["prompt"], row["reference"]) for row in rows)
         assert not any(is_held_out(row["prompt"]) for row in rows)
-        assert open_statistics(str(out.statistics(0, skill, "fisher"))).examples == QUICK.read
+        for kind in ("fisher", "gram", "plus"):
+            assert open_statistics(str(out.statistics(0, skill, kind))).examples == QUICK.read
 
 
 def test_boost_and_judge_ask_other_questions(out):

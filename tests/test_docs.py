@@ -56,7 +56,7 @@ def test_the_page_on_security_names_tests_that_exist() -> None:
 
 
 def test_the_examples_are_found() -> None:
-    assert len(EXAMPLES) == RECIPES.count("```yaml") == 10
+    assert len(EXAMPLES) == RECIPES.count("```yaml") == 11
     assert len(COMMANDS) == 3
 
 

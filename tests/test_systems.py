@@ -91,6 +91,8 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "answers.json").write_text(json.dumps(answers))
     (tmp_path / "lengths.py").write_text(LENGTHS)
     (tmp_path / "examples.txt").write_text("# Instruction\n\nAnswer in a word.\n")
+    for name in ("skills", "kinds"):
+        (tmp_path / f"{name}.txt").write_text("one\ntwo\nthree\n")
     bench, results = made_up()
     (tmp_path / "tiny.pkl").write_bytes(pickle.dumps({"mine": bench}))
     convert(tmp_path / "tiny.pkl", tmp_path / "tiny.npz")

@@ -19,7 +19,21 @@ from demo.distill.jobs import Job, command, console, mergekit_lite, python, run,
 from demo.distill.making import Lesson, make_models
 from demo.distill.skills import MAX_ANSWER_TOKENS, SKILLS
 from demo.merge import page
-from demo.merge.plan import BOOSTED, BY_PEFT, COMBINED, FULL, QUICK, RANK, Files, Size, density, merges, weights
+from demo.merge.plan import (
+    BOOSTED,
+    BY_PEFT,
+    COMBINED,
+    FULL,
+    QUICK,
+    RANK,
+    WITH_BASE,
+    Files,
+    Size,
+    density,
+    kind_of,
+    merges,
+    weights,
+)
 from mergekit_lite.methods import method_named
 
 RATE, ADAPTER_RATE = 4e-4, 1e-3
@@ -86,23 +100,33 @@ def statistics(out: Files) -> Iterator[Job]:
                     how = ("--prompts", out.prompts(skill), *option, "-o", made)
                     words = mergekit_lite("statistics", out.tuned(seed, skill), *how)
                     yield Job(f"seed {seed}: {kind} statistics of {skill}", words)
+        if not all(out.statistics(seed, skill, "plus").exists() for skill in SKILLS):
+            path = write_recipe(out.recipe(seed, "plus"), [of_fine_tunes(out, seed, "regmean_plus", {})])
+            each = [
+                word for skill in SKILLS for word in ("--prompts", f"{out.tuned(seed, skill)}={out.prompts(skill)}")
+            ]
+            yield Job(
+                f"seed {seed}: statistics behind merged layers",
+                mergekit_lite("statistics", path, "--plus", "--force", *each),
+            )
 
 
 def of_fine_tunes(out: Files, seed: int, method: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe that merges a seed's fine-tunes, with their statistics where the method needs some."""
     recipe = document(method, out.base(seed), [out.tuned(seed, skill) for skill in SKILLS], numbers)
-    if kind := method_named(method).statistics:
+    if kind := kind_of(method_named(method)):
         for model, skill in zip(recipe["models"], SKILLS, strict=True):
             model["statistics"] = str(out.statistics(seed, skill, kind))
     return recipe
 
 
 def document(method: str, base: Path, tuned: Sequence[Path | str], numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe. A base is named only to methods that can't do without: others would merge it like the rest."""
+    """Return a recipe. A base is named only to methods that can't do without, and to WARP's."""
     chosen = method_named(method)
+    needs_base = chosen.base == "required" or method in WITH_BASE
     models = [{"model": str(path), **parameters(weights(chosen))} for path in tuned]
     given = {"models": models, **parameters({**density(chosen), **numbers})}
-    return {"merge_method": method, **({"base_model": str(base)} if chosen.base == "required" else {}), **given}
+    return {"merge_method": method, **({"base_model": str(base)} if needs_base else {}), **given}
 
 
 def parameters(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ LEFT_OUT = {  # and why, of methods that merge three models
     "schedule_average": "averages checkpoints in their order",
     "relex": "needs the steps of a run",
 }
+WITH_BASE = ("nuslerp",)  # where a base is optional: what each model adds to it is met, as in WARP
 DENSITY = 0.5
 BOOSTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # numbers to begin with, and what boost looks for
     "linear": ({}, tuple(f"models.{number}.parameters.weight=0.2:2" for number in range(len(SKILLS)))),
@@ -63,6 +64,11 @@ def density(method: Method) -> Mapping[str, float]:
     return {"density": DENSITY} if "density" in method.parameters and method.parameters["density"].default == 1 else {}
 
 
+def kind_of(method: Method) -> str:
+    """Return the kind of statistics that a method needs, if any; ``plus`` of text that came through merged layers."""
+    return "plus" if method.prefixed else method.statistics
+
+
 @dataclass(frozen=True)
 class Files(Out):
     """The demo's folder."""
@@ -84,7 +90,7 @@ class Files(Out):
         return self.root / "adapters" / f"{seed}-{skill}"
 
     def statistics(self, seed: int, skill: str, kind: str) -> Path:
-        """Return what was gathered of a fine-tune on questions of its own skill: ``gram`` or ``fisher``."""
+        """Return what was gathered of a fine-tune on questions of its own skill: ``gram``, ``fisher`` or ``plus``."""
         return self.root / "statistics" / f"{seed}-{skill}-{kind}.safetensors"
 
     def combined(self, seed: int, space: str, method: str) -> Path:

@@ -24,7 +24,7 @@ from typing import Any
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.offline import Offline
-from mergekit_lite.answers.replies import Reply
+from mergekit_lite.answers.replies import Failed, Reply
 from mergekit_lite.answers.rows import Message, with_system
 from mergekit_lite.answers.server import Server
 
@@ -86,8 +86,18 @@ class CompletionServer(Server):
         return f"{url.rstrip('/')}/completions"
 
     def _found(self, url: str, body: bytes, asked: Mapping[str, Any], question: Any) -> list[Reply | None]:
-        found = super()._found(url, body, asked, question)
-        return [reply and reply._replace(text=answer_in(reply.text)) for reply in found]
+        found = [_without_fence(reply) for reply in super()._found(url, body, asked, question)]
+        if found == [None]:
+            raise Failed("an empty reply", repeat=True, fresh_seed=True)
+        return found
+
+
+def _without_fence(reply: Reply | None) -> Reply | None:
+    """Return a reply as an answer; None for one that was nothing but the fence that ends it."""
+    if reply is None:
+        return None
+    text = answer_in(reply.text)
+    return None if reply.text.strip() and not text and reply.finish == "stop" else reply._replace(text=text)
 
 
 @dataclass(eq=False)

@@ -84,10 +84,11 @@ def digest_of(messages: Sequence[Message]) -> str:
 
 
 def as_row(prompt: Prompt) -> dict[str, Any]:
-    """Return a prompt as a row of a JSON Lines file; without a question it has no such field."""
+    """Return a prompt as a row of a JSON Lines file; without a question, or an opponent, it has no such field."""
     row = asdict(prompt)
-    if not prompt.question:
-        del row["question"]
+    for name in ("question", "opponent"):
+        if not row[name]:
+            del row[name]
     return row
 
 

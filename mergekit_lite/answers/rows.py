@@ -33,6 +33,7 @@ class Prompt:
     tests: tuple[str, ...] = ()  # Python programs that an answer's code has to pass
     plain: bool = False  # whether the data have it as a text, not as messages
     columns: Mapping[str, Any] = field(default_factory=dict)  # kept of the data's other columns, for functions
+    opponent: str | None = None  # the answer that others are compared with, where somebody was asked for it
     question: str = ""  # the prompt's id, where this is one of several that ask it under different system messages
 
 

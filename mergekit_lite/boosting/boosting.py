@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite.answers.aggregating.answering import Untold
+from mergekit_lite.answers.aggregating.running import Reports
 from mergekit_lite.boosting import record, report
 from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.family import RecipeFamily
 from mergekit_lite.boosting.description import described
 from mergekit_lite.boosting.evaluators import cluster_of, evaluator_of, team_of
+from mergekit_lite.boosting.measure import opponent
 from mergekit_lite.boosting.measure.evaluator import ModelEvaluator
 from mergekit_lite.boosting.measure.nulls import null_tests
 from mergekit_lite.boosting.measure.tasks import Harness
@@ -102,6 +105,7 @@ def search_and_write(
     measured: Callable[[Point], None] = lambda point: None,
     writing: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
     note: Callable[[str], None] = lambda text: None,
+    reports: Reports | None = None,
 ) -> Boosted:
     """Search, report, and write the model that was chosen.
 
@@ -110,12 +114,15 @@ def search_and_write(
         measured: called with each candidate once it is measured.
         writing: gives the progress of the bytes read while the model is made.
         note: called with remarks, such as that a worker died and was replaced.
+        reports: takes what is told while an opponent answers; by default nothing is.
 
     Raises:
         MergekitLiteError: a candidate can't be made or asked, or the output not written. Measured rows stay stored.
     """
     check_output(prepared)
     request = prepared.request
+    if prepared.opponent is not None:
+        prepared = prepared.against(opponent.answers_of(prepared.opponent, reports or Untold()))
     elsewhere = prepared.measures_elsewhere
     with (
         cluster_of(prepared) as cluster,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergekit_lite.boosting.measure import nulls
+from mergekit_lite.boosting.measure import nulls, opponent
 from mergekit_lite.errors import counted
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def described(prepared: Prepared) -> dict[str, str]:
         "scores": ", ".join(request.scores),
         "measured on": ", ".join(counted(len(rows), kind) for kind, rows in data.items() if rows),
         "answers": _answers_described(request) if prepared.prompts else "",
+        "opponent": opponent.described(prepared.opponent) if prepared.opponent is not None else "",
         "null test of the judge": nulls.described(prepared.scores),
         "dtype": ", ".join(sorted({job.dtype for job in plan.merged})),
         "rounding": plan.rounding,

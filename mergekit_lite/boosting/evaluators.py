@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +45,7 @@ class WorkerSetup:
     seat: Seat
     items: Sequence[str]  # all, in their common order
     identity: Any  # of the study
+    opponent: Mapping[str, str]  # its answers, by prompt; nobody is asked here
     _opened: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,6 +59,8 @@ class WorkerSetup:
         """
         self._opened = ExitStack()
         prepared = prepare(self.request)
+        if self.opponent:
+            prepared = prepared.against(self.opponent)
         if prepared.identity() != self.identity:
             raise RunError("Models, prompts or other data changed since the search began. Run it again.")
         evaluator = self._opened.enter_context(evaluator_of(prepared, self.seat))
@@ -110,13 +113,15 @@ def team_of(
 
 def _setups(prepared: Prepared, items: Sequence[str], devices: Sequence[str]) -> list[WorkerSetup]:
     """Return what makes each worker what it is."""
-    request = replace(prepared.request, parallel=1, ray=None)
+    request = replace(prepared.request, parallel=1, ray=None, opponent=None)
     own = (
         replace(request, threads=request.threads or prepared.threads)
         if devices[0] == CPU
         else replace(request, device="cuda:0")
     )
-    return [WorkerSetup(own, Seat(number, len(devices)), items, prepared.identity()) for number in range(len(devices))]
+    opponent = {prompt.id: prompt.opponent for prompt in prepared.prompts if prompt.opponent is not None}
+    seats = (Seat(number, len(devices)) for number in range(len(devices)))
+    return [WorkerSetup(own, seat, items, prepared.identity(), opponent) for seat in seats]
 
 
 def _environments(prepared: Prepared) -> list[dict[str, str]]:
@@ -158,6 +163,7 @@ def evaluator_of(prepared: Prepared, seat: Seat = ONLY, measures: bool = True) -
                     _likelihoods(prepared, resident, LOG_RATIO in kinds),
                     max(ANSWERS_AT_ONCE, request.batch_size),
                     prepared.portion if request.serve_command is None else None,
+                    prepared.family.baseline if prepared.settings.head_to_head else None,
                 )
             )
         if PAIRS in kinds:

@@ -57,6 +57,8 @@ class BoostOptions(TypedDict, total=False):
             ``parameters.t[filter=mlp]=0:1`` of a recipe.
         steps: of a run's checkpoints; by default those in their names.
         prompts: JSONL or Parquet files with prompts to answer.
+        opponent: a recipe of models that answer together (docs/answer.md): their answers are what ``pairwise`` and
+            functions compare candidates with. They are asked once, before anything is measured.
         pairs: a JSONL file with preference pairs, for the score ``pairs``.
         limit: most prompts, pairs and texts that are used.
         search: ``bracket`` for one alpha or a run (the default there), ``grid``, ``tpe`` (the default else) or
@@ -101,6 +103,7 @@ class BoostOptions(TypedDict, total=False):
     tune: Sequence[str]
     steps: Sequence[float]
     prompts: Sequence[str | Path]
+    opponent: str | Path | None
     pairs: str | Path | None
     limit: int | None
     search: Literal["bracket", "grid", "tpe", "cmaes"] | None
@@ -179,7 +182,7 @@ def request_of(
         of_pair["seed"] = seed
     run, at = run_of(checkpoints, given.pop("steps", ())) if base is not None else ((), given.pop("steps", ()))
     given |= {name: tuple(given.get(name, ())) for name in ("tune", "limits")}
-    paths = {"recipe": recipe, "pairs": given.get("pairs"), "study": given.get("study")}
+    paths = {"recipe": recipe, **{name: given.get(name) for name in ("opponent", "pairs", "study")}}
     given |= {name: None if path is None else Path(path) for name, path in paths.items()}
     return Request(
         output=Path(output),

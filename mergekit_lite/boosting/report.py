@@ -104,6 +104,8 @@ def _explained(result: Result) -> Iterator[str]:
     settings = result.settings
     base, sure = result.called(result.baseline), f"{100 * settings.confidence:g} %"
     yield f"Gains are paired differences to {base} with {sure} intervals."
+    if compared := [name for name in (settings.score, *result.baseline.others) if name in settings.head_to_head]:
+        yield f"{' and '.join(compared)}: each answer against that of {base}, head to head, in both orders."
     if minimised := [name for name in (settings.score, *result.baseline.others) if name in settings.minimised]:
         yield f"Of {' and '.join(minimised)} lower is better: there a gain is how much lower it became."
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
@@ -16,6 +16,7 @@ import xxhash
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
+from mergekit_lite.answers.scoring.rivals import meets_rivals
 from mergekit_lite.answers.serving import serve_words
 from mergekit_lite.boosting.candidates.family import (
     Family,
@@ -26,6 +27,7 @@ from mergekit_lite.boosting.candidates.family import (
     check_plans,
 )
 from mergekit_lite.boosting.candidates.tunable import Tunable, parse
+from mergekit_lite.boosting.measure import opponent as opponents
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS, ScoreSpec
@@ -39,6 +41,7 @@ from mergekit_lite.errors import UsageError, listing, nearest
 from mergekit_lite.pages import drawing
 
 if TYPE_CHECKING:
+    from mergekit_lite.answers.aggregating.answering import ToAnswer
     from mergekit_lite.answers.likelihood import Pair
     from mergekit_lite.answers.rows import Prompt
 
@@ -64,6 +67,7 @@ class Request:
     steps: tuple[float, ...] = ()
     tune: tuple[str, ...] = ()
     prompts: tuple[Path, ...] = ()
+    opponent: Path | None = None
     pairs: Path | None = None
     limit: int | None = None
     search: str | None = None
@@ -110,6 +114,7 @@ class Prepared:
     family: Family  # of all candidates
     scores: tuple[ScoreSpec, ...]  # of the candidates; the first one decides
     prompts: tuple[Prompt, ...]  # to answer
+    opponent: ToAnswer | None  # whose answers candidates are compared with; it isn't asked yet
     pairs: Mapping[str, Pair]  # of preference, by item
     texts: Mapping[str, str]  # to read, by item
     search: str  # its name
@@ -129,6 +134,10 @@ class Prepared:
     def measures_elsewhere(self) -> bool:
         """Whether other processes measure."""
         return len(self.devices) > 1 or self.request.ray is not None
+
+    def against(self, answers: Mapping[str, str]) -> Prepared:
+        """Return it with the opponent's answers, by the prompts' ids."""
+        return replace(self, prompts=opponents.facing(self.prompts, answers))
 
     def identity(self) -> dict[str, Any]:
         """Return all that a row depends on except the candidate's params; one study has one identity."""
@@ -179,6 +188,10 @@ def prepare(request: Request) -> Prepared:
         request.folder in (request.output, *request.output.parents)
     )
     prompts = _try(problems, lambda: load(Prompts(path=path, keep="all") for path in request.prompts))
+    asked = () if prompts is None else tuple(prompts.prompts[: request.limit])
+    opponent = _try(
+        problems, lambda: opponents.opponent_of(request.opponent, scores, asked, request.folder, request.ray)
+    )
     path = request.pairs
     pairs = _try(problems, lambda: read_pairs(path, request.limit)) if path is not None else {}
     texts: dict[str, str] = {}
@@ -193,7 +206,6 @@ def prepare(request: Request) -> Prepared:
     notes += [f"{prompts.repeated:,} prompts were there before and are asked once"] * bool(prompts.repeated)
     notes += check_plans(family)
     _check_memory(request, family, devices)
-    asked = tuple(prompts.prompts[: request.limit])
     together = portion(len(asked) * request.samples, request.batch_size)
     settings = Settings(
         score=scores[0].name,
@@ -203,6 +215,7 @@ def prepare(request: Request) -> Prepared:
         held_out=request.held_out,
         batch=together // math.gcd(together, request.samples),
         stop_early=request.stop_early,
+        head_to_head=tuple(one.name for one in scores if one.scorer is not None and meets_rivals(one.scorer)),
     )
     search = request.search or ("bracket" if can_bracket(family) else "tpe")
     searcher = _searcher(request, search, family, settings)
@@ -211,6 +224,7 @@ def prepare(request: Request) -> Prepared:
         family,
         scores,
         asked,
+        opponent,
         pairs,
         texts,
         search,

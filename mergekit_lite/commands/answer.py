@@ -11,7 +11,7 @@ import click
 from mergekit_lite.commands.running import takes_ray
 
 if TYPE_CHECKING:
-    from mergekit_lite.answers.aggregating.answering import Prepared
+    from mergekit_lite.answers.aggregating.answering import ToAnswer
     from mergekit_lite.commands.reporter import TerminalReporter
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -31,7 +31,7 @@ Examples:
 @click.option("--recipe", required=True, type=FILE, help="YAML with models and layers; docs/answer.md has the keys.")
 @click.option("-o", "--output", required=True, type=FILE, help="The answers, as JSON Lines.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most prompts that are answered.")
-@click.option("--rows", is_flag=True, help="Write rows to train an aggregator on as well, NAME.rows.jsonl.")
+@click.option("--rows", is_flag=True, help="Write rows to learn fusing, criticising, refining from, NAME.rows.jsonl.")
 @click.option("--skip-missing", is_flag=True, help="Go on without the drafts that a model fails to give.")
 @takes_ray
 @click.option("--dry-run", is_flag=True, help="Print calls and tokens of each model, ask nobody.")
@@ -79,10 +79,10 @@ def command(
     asked = counted(sum(done.asked.values()), "call")
     reporter.line(f"{counted(done.answers, 'answer')} in {output}, by {asked} in this run")
     if rows:
-        reporter.line(f"{counted(done.rows, 'row')} to train an aggregator on in {prepared.rows}")
+        reporter.line(f"{counted(done.rows, 'row')} to learn these steps from in {prepared.rows}")
 
 
-def _show_plan(prepared: Prepared, reporter: TerminalReporter, as_json: bool) -> None:
+def _show_plan(prepared: ToAnswer, reporter: TerminalReporter, as_json: bool) -> None:
     from mergekit_lite.answers.aggregating.dry_run import CHARACTERS
     from mergekit_lite.errors import counted
 

@@ -45,6 +45,8 @@ Examples:
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log_ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score maths --device cuda --parallel 8 -o ./boosted
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score maths --device cuda --ray auto -o /shared/boosted
+  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --opponent moa.yml
+      --score pairwise:judge,server=http://localhost:8000/v1 -o ./boosted
   mergekit-lite boost ./base './run/step-*' --tune to_step=75:1000 --prompts dev.jsonl --score maths -o ./boosted
   mergekit-lite boost --recipe merge.yml --tune 'parameters.t[filter=mlp]=0:1' --tune 'parameters.t=0:1'
       --prompts maths.jsonl --score maths --score nll:wiki.txt --limits loss:nll=0.05 -o ./merged
@@ -68,6 +70,12 @@ Examples:
 )
 @click.option("--score", "scores", cls=ScoreOption, metavar="KIND[:WHAT]", multiple=True)
 @click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer.")
+@click.option(
+    "--opponent",
+    type=FILE,
+    metavar="RECIPE",
+    help="Models that answer the prompts together, as for answer: pairwise and functions compare with their answers.",
+)
 @click.option("--pairs", type=FILE, help="JSONL with preference pairs, for --score pairs.")
 @click.option("--limit", type=int, help="Most prompts, pairs and texts that are used.")
 @click.option(
@@ -221,11 +229,13 @@ def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
 def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boosting.boosting import search_and_write
     from mergekit_lite.boosting.summary import verdict
+    from mergekit_lite.commands.reporter import TerminalReporter
     from mergekit_lite.commands.screen import made, no_line
     from mergekit_lite.output.companions import what_is_missing
 
+    reporter = TerminalReporter(quiet=screen.quiet)
     with _stopping_the_server():
-        boosted = search_and_write(prepared, partial(_show_point, screen), screen.progress, screen.warn)
+        boosted = search_and_write(prepared, partial(_show_point, screen), screen.progress, screen.warn, reporter)
     if as_json:
         click.echo(json.dumps(boosted.to_json(), indent=1))
         return

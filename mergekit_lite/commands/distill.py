@@ -222,11 +222,20 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
         reporter.line(f"\nscored by {', '.join(plan.scorers) or 'nothing'}\n")
     if plan.teachers:
         taught = [
-            (t.name, t.model, t.where, f"{t.rows:,}", f"{t.done:,}", f"{t.bytes / 1e9:,.2f} GB", _exaflops(t.exaflops))
+            (
+                t.name,
+                t.model,
+                t.where,
+                t.of,
+                f"{t.rows:,}",
+                f"{t.done:,}",
+                f"{t.bytes / 1e9:,.2f} GB",
+                _exaflops(t.exaflops),
+            )
             for t in plan.teachers
         ]
-        reporter.table(("teacher", "model", "asked", ">rows ≤", ">done", ">files ≈", ">EFLOP ≈"), taught)
-        reporter.line(f"sizes and costs of teaching are at {TOKENS} tokens a response\n")
+        reporter.table(("teacher", "model", "asked", "scores", ">rows ≤", ">done", ">files ≈", ">EFLOP ≈"), taught)
+        reporter.line(f"sizes and costs of teaching are at {TOKENS} tokens a response, where it may have as many\n")
     if plan.rounds:
         rounds = [(f"{r.round}", f"{r.prompts:,}", f"{r.replayed:,}", "yes" if r.done else "no") for r in plan.rounds]
         reporter.table((">round", ">prompts", ">replayed ≤", "done"), rounds)
@@ -236,6 +245,8 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     reporter.line(f"\neverything lies in {recipe.folder}")
     for missing in plan.missing_models:
         reporter.warn(missing)
+    for problem in filter(None, (training.problem for training in plan.training)):
+        reporter.warn(f"this run will be refused: {problem}")
     if plan.left_out:
         reporter.warn(listing(f"{counted(len(plan.left_out), 'row')} of the data left out", plan.left_out, 5))
 

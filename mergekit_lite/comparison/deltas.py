@@ -17,7 +17,7 @@ import numpy as np
 
 from mergekit_lite import dtypes
 from mergekit_lite.comparison.shared_tensors import SharedTensor
-from mergekit_lite.comparison.survey import FloatArray, Sums
+from mergekit_lite.comparison.survey import FULL_WIDTH, FloatArray, Sums
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import sce
@@ -169,24 +169,29 @@ class DeltaMeasurement:
             sums["split"][...] = (both[0, -1] - signs[0, -1]) / 2
             sums["touched"][...] = both.diagonal().sum() - (self.models - 1) * both[0, -1]
         sums["mean_squares"][...] = np.diag(sums["products"]) / tensor.numel
-        deltas = sample[1:] - sample[0]
-        if not sums.finite:
-            deltas = torch.zeros_like(deltas)  # such a tensor is named, and counts for nothing
-        flat = deltas.flatten(1)
-        sampled = {
-            "in_masks": self._in_masks(tensor, flat),
-            "effective": self._effective(sample[1:].flatten(1), flat),
-            "squares": flat.double().square().sum(1),
-            "sizes": _sizes(flat),
-        }
-        for name, of_sample in sampled.items():
-            sums[name][...] = of_sample.numpy()
-            sums[name][...] *= tensor.numel / flat[0].numel()
-        rank = stable_rank(deltas) if len(tensor.shape) == 2 and sums.finite else ()
-        return DeltaResult(sums.row, self._sce(tensor, sums, sample), rank, flat[0].numel() == tensor.numel)
+        masks: list[torch.Tensor] = []
+        rank: tuple[float, ...] = ()
+        for first in range(0, self.models, FULL_WIDTH):  # some at once, so that memory doesn't grow with the models
+            some = slice(first, first + FULL_WIDTH)
+            models = sample[1:][some]
+            deltas = models - sample[0]
+            if not sums.finite:
+                deltas = torch.zeros_like(deltas)  # such a tensor is named, and counts for nothing
+            flat = deltas.flatten(1)
+            masks += self._masks(tensor, flat)
+            sums["effective"][..., some] = self._effective(models.flatten(1), flat).numpy()
+            sums["squares"][some] = flat.double().square().sum(1).numpy()
+            sums["sizes"][some] = _sizes(flat).numpy()
+            rank += stable_rank(deltas) if len(tensor.shape) == 2 and sums.finite else ()
+        together = torch.stack(masks)
+        sums["in_masks"][...] = (together @ together.T).numpy()
+        sampled = sample[0].numel()
+        for name in ("in_masks", "effective", "squares", "sizes"):
+            sums[name][...] *= tensor.numel / sampled
+        return DeltaResult(sums.row, self._sce(tensor, sums, sample), rank, sampled == tensor.numel)
 
-    def _in_masks(self, tensor: SharedTensor, flat: torch.Tensor) -> torch.Tensor:
-        """Count, for each two models, the elements that are in both masks of the largest changes.
+    def _masks(self, tensor: SharedTensor, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return for each model a mask of the largest changes, ones and zeros.
 
         Of equal sizes the lowest index is taken first; zeros are in no mask.
         """
@@ -195,8 +200,7 @@ class DeltaMeasurement:
         sizes = list(flat.abs().float())
         steps = largest(info, lambda *_: sizes, lambda _, __, changed: [min(count, changed)], sampled=False)
         cuts = _run_steps(steps, sizes)
-        masks = torch.stack([cut.mask(size, 0) for [cut], size in zip(cuts, sizes, strict=True)])
-        return masks @ masks.T
+        return [cut.mask(size, 0) for [cut], size in zip(cuts, sizes, strict=True)]
 
     def _effective(self, models: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         """Return ⟨out − model, δ⟩ after rounding: (dtypes, alphas, models), float64."""

@@ -29,7 +29,8 @@ SAMPLING_RATIO = 32  # in large models one element in 32 is in the sample
 LEAST_SAMPLE = 1 << 14  # elements; a sample is no smaller
 SMALL_MODEL = 1 << 23  # elements of a model up to which every tensor has the largest sample
 WIDEST_ROW = CHUNK  # elements; longer rows are cut
-FULL_WIDTH = 16  # models; of more, pieces and samples are shorter, so that memory doesn't grow with them
+FULL_WIDTH = 16  # models; of more, samples are shorter, so that memory doesn't grow with them
+PIECES_OF = 2  # models: of more than FULL_WIDTH, pieces are so short that all take the memory of so many
 MAX_UNSHARED_SECTIONS = 8  # a tensor of more sections is shared by the workers
 
 LARGEST = "largest"  # name of the one figure that is a maximum, not a sum
@@ -152,7 +153,7 @@ class _TensorScan(Generic[Measured]):
     def __init__(self, tensor: SharedTensor, measurement: Measurement[Measured], sample: tuple[range, range]) -> None:
         self.tensor, self.measurement, self._sample = tensor, measurement, sample
         row = tensor.row if 0 < tensor.row <= WIDEST_ROW else 1
-        times = -(-len(tensor.specs) // FULL_WIDTH)
+        times = 1 if len(tensor.specs) <= FULL_WIDTH else -(-len(tensor.specs) // PIECES_OF)
         self._block = max(1, STATISTICS_BLOCK // times // row) * row
         self.chunk = min(max(self._block, CHUNK // times // self._block * self._block), tensor.numel)
         section = max(1, SECTION // self._block) * self._block
@@ -202,7 +203,8 @@ class _TensorScan(Generic[Measured]):
             for name, total in part.sums.items():
                 sums[name] = _combined(name, sums.get(name), total)
         rows, columns = self._sample
-        sample = torch.from_numpy(np.concatenate([part.sample for part in parts], -1))
+        samples = [part.sample for part in parts]
+        sample = torch.from_numpy(samples[0] if len(samples) == 1 else np.concatenate(samples, -1))
         if self.measurement.needs_sample:
             sample = sample.view(-1, len(rows), len(columns))
         return self.measurement.result(self.tensor, sums, sample)

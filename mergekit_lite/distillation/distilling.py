@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mergekit_lite.distillation import prompts
 from mergekit_lite.distillation import sample as sampling
 from mergekit_lite.distillation import teach as teaching
 from mergekit_lite.distillation import train as training
+from mergekit_lite.distillation.dry_run import unfilled
 from mergekit_lite.distillation.pair import pair
 from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.distillation.recipe.schema import Recipe
@@ -15,6 +17,7 @@ from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.reporting.findings import Findings
 from mergekit_lite.distillation.rounds import each_round
 from mergekit_lite.distillation.score import score
+from mergekit_lite.errors import UsageError, listing
 from mergekit_lite.options import named_options
 
 
@@ -38,13 +41,30 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
         MergekitLiteError: a model can't be asked, judged or trained. What was finished is kept.
     """
     loaded, reporter = load(Path(recipe)), reporter or Reporter()
-    for each in each_round(loaded, reporter):
+    for number, each in enumerate(each_round(loaded, reporter)):
         teaching.check(each)  # what would be refused hours later
         training.check(each)
         sampling.check(each, and_target=True)
+        if number == 0:
+            _hold_batches(loaded)
         _stages(each, reporter, skip_missing)
     reporter.line("[report]")
     return report(loaded, reporter)
+
+
+def _hold_batches(recipe: Recipe) -> None:
+    """Refuse, before anybody is asked, trainings whose rows can't fill a batch.
+
+    Prompts that are near others aren't known yet, nor how many of each domain there are.
+
+    Raises:
+        UsageError: with each of them.
+    """
+    if any(entry.nearest is not None for entry in recipe.prompts):
+        return
+    asked = [] if recipe.rows is not None else prompts.read(recipe, Reporter(), plan=True)
+    if problems := unfilled(recipe, asked):
+        raise UsageError(listing("There will be too few rows to train on", problems))
 
 
 def _stages(recipe: Recipe, reporter: Reporter, skip_missing: bool) -> None:

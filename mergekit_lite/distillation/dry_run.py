@@ -26,15 +26,17 @@ from mergekit_lite.distillation.recipe.schema import (
     Recipe,
     RecipeSource,
     RecipeTeacher,
+    RoundRecipe,
     Training,
 )
 from mergekit_lite.distillation.rounds import all_rounds, is_done, prompts_of
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 from mergekit_lite.distillation.teaching.encoding import Layout
 from mergekit_lite.distillation.teaching.files import TaughtFile, is_taught
-from mergekit_lite.errors import CheckpointError
+from mergekit_lite.errors import CheckpointError, counted
 
 TOKENS, VOCABULARY = 400, 152_000  # of a response, and of a teacher, where costs are estimated
+LOG_PROB = 14  # bytes of a token's log-probability in a file of text, about
 REPLAYED: tuple[Literal["sft", "preference"], ...] = ("sft", "preference")
 MADE_BY = {"sft": "SFT", "fuse": "fusing", "on_policy": "on-policy training"}
 
@@ -70,6 +72,7 @@ class TeacherRows(NamedTuple):
     done: int
     bytes: int  # of its files
     exaflops: float | None  # of its forward passes over the responses; None where its size isn't known here
+    of: str = "rows"  # what it scores: SFT rows, or the student's own answers
 
 
 class TrainingSteps(NamedTuple):
@@ -78,6 +81,20 @@ class TrainingSteps(NamedTuple):
     stage: str
     rows: int
     steps: int
+    problem: str = ""  # why it will be refused: its rows fill no batch
+
+
+class MostRows(NamedTuple):
+    """The most rows that there can be, by domain."""
+
+    domains: tuple[DomainRows, ...]  # of the prompts
+    sft: Counter[str]
+    preference: Counter[str]
+    left_out: tuple[str, ...] = ()  # rows that are given and can't be read
+
+    def asked(self, prompts: Sequence[Prompt]) -> Counter[str]:
+        """Return the numbers of prompts of on-policy training, by domain: the recipe's, or those of given rows."""
+        return Counter(prompt.domain for prompt in prompts) if prompts else self.sft + self.preference
 
 
 class RoundPlan(NamedTuple):
@@ -106,11 +123,14 @@ class DryRun(NamedTuple):
     rounds: tuple[RoundPlan, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data; only a training that will be refused has a ``problem``."""
         tables = {
             key: [row._asdict() for row in getattr(self, key)]
             for key in ("domains", "sources", "teachers", "training", "rounds")
         }
+        tables["training"] = [
+            {key: value for key, value in row.items() if key != "problem" or value} for row in tables["training"]
+        ]
         return {**self._asdict(), **tables}
 
 
@@ -119,19 +139,42 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
     return _once(recipe, prompts, Counter()) if recipe.rounds is None else _over_rounds(recipe, prompts)
 
 
-def _over_rounds(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
-    """Return the sums over all rounds, each counted by itself, and what each of them has."""
-    plans: list[DryRun] = []
-    rounds: list[RoundPlan] = []
+def unfilled(recipe: Recipe, prompts: Sequence[Prompt]) -> list[str]:
+    """Return a message for each training whose rows can't fill a batch, however answers are scored.
+
+    Opens no ledger. Trainings that are done are left out.
+    """
+    plans: Iterable[tuple[Recipe, Sequence[Prompt], Counter[str]]] = [(recipe, prompts, Counter())]
+    if recipe.rounds is not None:
+        plans = _by_round(recipe, prompts)
+    return [
+        f"round {each.number}: {training.problem}" if isinstance(each, RoundRecipe) else training.problem
+        for each, mine, again in plans
+        for training in _trainings(each, mine, _most_rows(each, mine), again)
+        if training.problem and not (Folder(each.folder).trained(training.stage) / "config.json").exists()
+    ]
+
+
+def _by_round(recipe: Recipe, prompts: Sequence[Prompt]) -> Iterator[tuple[RoundRecipe, list[Prompt], Counter[str]]]:
+    """Yield each round with its prompts, and the most rows of earlier rounds that it trains on again, by training."""
     own_rows: list[Counter[str]] = []  # the last round's first, by training
     for each in all_rounds(recipe):
         again: Counter[str] = Counter()
         for share, rows in zip(each.settings.replay, own_rows, strict=False):
             again.update({stage: floor_share(share, number) for stage, number in rows.items()})
         mine = prompts_of(each, prompts)
+        yield each, mine, again
+        domains = _most_rows(each, mine).domains
+        own_rows.insert(0, Counter({name: sum(getattr(row, name) for row in domains) for name in REPLAYED}))
+
+
+def _over_rounds(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
+    """Return the sums over all rounds, each counted by itself, and what each of them has."""
+    plans: list[DryRun] = []
+    rounds: list[RoundPlan] = []
+    for each, mine, again in _by_round(recipe, prompts):
         plan = _once(each, mine, again)
         plans.append(plan)
-        own_rows.insert(0, Counter({name: sum(getattr(row, name) for row in plan.domains) for name in REPLAYED}))
         steps = sum(training.steps for training in plan.training)
         rounds.append(RoundPlan(each.number, len(mine), again.total(), steps, is_done(each)))
     first, *later = plans
@@ -140,7 +183,7 @@ def _over_rounds(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
     domains = _summed(row for plan in plans for row in plan.domains)
     sources = [*first.sources, *(row for plan in later for row in plan.sources if row.name not in asked_once)]
     training = tuple(
-        row._replace(stage=f"round-{number} {row.stage}")
+        row._replace(stage=f"round-{number} {row.stage}", problem=row.problem and f"round {number}: {row.problem}")
         for number, plan in enumerate(plans, 1)
         for row in plan.training
     )
@@ -154,45 +197,63 @@ def _over_rounds(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
 
 
 def _summed(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Add up the numbers of rows whose first field, their name, is the same; the first of them has the other fields."""
-    by_name: dict[str, Row] = {}
+    """Add up the numbers of rows of one name, of teachers of one kind too; the first of them has the other fields."""
+    by_name: dict[tuple[str, str], Row] = {}
     for row in rows:
-        before = by_name.get(row[0])
+        name = row[0], getattr(row, "of", "")
+        before = by_name.get(name)
         fields = {} if before is None else before._asdict()
         sums = {name: value + getattr(row, name) for name, value in fields.items() if isinstance(value, int | float)}
-        by_name[row[0]] = row if before is None else before._replace(**sums)
+        by_name[name] = row if before is None else before._replace(**sums)
     return tuple(by_name.values())
 
 
 def _once(recipe: Recipe, prompts: Sequence[Prompt], again: Counter[str]) -> DryRun:
     """Count what one distillation does, on rows of earlier rounds too: ``again``, by training."""
-    counts = Counter(prompt.domain for prompt in prompts)
-    domains = tuple(_domain(recipe, domain, count) for domain, count in counts.items())
+    most = _most_rows(recipe, prompts)
     sources = [_source(recipe, source, prompts) for source in recipe.sources]
     if recipe.target_source is not None:
         may_wait = (prompt for prompt in prompts if recipe.pairs.of(prompt.domain).needs_target)
-        sources.append(_target(recipe, recipe.target_source, domains, may_wait))
-    left_out: list[str] = []
-    if recipe.rows is None:
-        sft = {domain.domain: domain.sft for domain in domains}
-        preference = sum(domain.preference for domain in domains)
-    else:
-        sft = _given(recipe.rows.sft, left_out)
-        preference = sum(_given(recipe.rows.preference, left_out).values())
-    rows = {"sft": sum(sft.values()) + again["sft"], "preference": preference + again["preference"]}
-    asked = len(prompts) or sum(sft.values()) + preference
-    training: list[TrainingSteps] = []
-    for stage, settings in recipe.train.stages.items():
-        if isinstance(settings, OnPolicy):
-            training.append(_rounds(settings, asked))
-        elif isinstance(settings, Fuse):
-            training += _fusing(recipe, settings, sft, again["sft"])
-        else:
-            training.append(_steps(stage, settings, rows[stage]))
-    teachers = tuple(_teacher(recipe, teacher, sft) for teacher in recipe.teachers) if recipe.train.fuse else ()
+        sources.append(_target(recipe, recipe.target_source, most.domains, may_wait))
     scorers = tuple(scorer.name for scorer in recipe.scorers)
     missing = tuple(missing_models(recipe, and_target=True))
-    return DryRun(domains, tuple(sources), scorers, teachers, tuple(training), missing, tuple(left_out))
+    training = tuple(_trainings(recipe, prompts, most, again))
+    teachers = tuple(_teachers(recipe, prompts, most))
+    return DryRun(most.domains, tuple(sources), scorers, teachers, training, missing, most.left_out)
+
+
+def _most_rows(recipe: Recipe, prompts: Sequence[Prompt]) -> MostRows:
+    counts = Counter(prompt.domain for prompt in prompts)
+    domains = tuple(_domain(recipe, domain, count) for domain, count in counts.items())
+    if recipe.rows is None:
+        sft, preference = (Counter({row.domain: getattr(row, name) for row in domains}) for name in REPLAYED)
+        return MostRows(domains, sft, preference)
+    left_out: list[str] = []
+    sft, preference = (_given(getattr(recipe.rows, name), left_out) for name in REPLAYED)
+    return MostRows(domains, sft, preference, tuple(left_out))
+
+
+def _trainings(
+    recipe: Recipe, prompts: Sequence[Prompt], most: MostRows, again: Counter[str]
+) -> Iterator[TrainingSteps]:
+    rows = {"sft": most.sft.total() + again["sft"], "preference": most.preference.total() + again["preference"]}
+    for stage, settings in recipe.train.stages.items():
+        if isinstance(settings, OnPolicy):
+            plan = planned(settings, most.asked(prompts).total())
+            yield TrainingSteps("on_policy", plan.rounds * plan.answers, plan.all_steps)
+        elif isinstance(settings, Fuse):
+            yield from _fusing(recipe, settings, most.sft, again["sft"])
+        else:
+            yield _steps(stage, settings, rows[stage])
+
+
+def _teachers(recipe: Recipe, prompts: Sequence[Prompt], most: MostRows) -> Iterator[TeacherRows]:
+    """Yield what each teacher scores: the SFT rows, and the student's own answers."""
+    for teacher in recipe.teachers:
+        if recipe.train.fuse is not None:
+            yield _teacher(recipe, teacher, most.sft)
+        if recipe.train.on_policy is not None:
+            yield _scores_of_own(recipe.train.on_policy, teacher, most.asked(prompts))
 
 
 def _given(origins: Iterable[Data], problems: list[str]) -> Counter[str]:
@@ -202,21 +263,27 @@ def _given(origins: Iterable[Data], problems: list[str]) -> Counter[str]:
 
 def _teacher(recipe: Recipe, teacher: RecipeTeacher, by_domain: Mapping[str, int]) -> TeacherRows:
     rows = sum(number for domain, number in by_domain.items() if teacher.teaches(domain))
-    where = "in this process" if teacher.server is None else ", ".join(urls_of(teacher.server))
-    size = _parameters(teacher.model)
     folder = Folder(recipe.folder).taught(teacher.name)
     done = len(TaughtFile(folder)) if is_taught(folder) else 0
     layout = Layout.of(VOCABULARY, teacher.top)
     bits = layout.size + layout.id_bits + 32 + 4  # the token itself, its log-probability, the bytes of its text
-    return TeacherRows(
-        teacher.name,
-        teacher.model,
-        where,
-        rows,
-        min(done, rows),
-        rows * TOKENS * bits // 8,
-        None if size is None else rows * TOKENS * 2 * size / 1e18,
-    )
+    return _scoring(teacher, "rows", rows, min(done, rows), rows * TOKENS * bits // 8)
+
+
+def _scores_of_own(training: OnPolicy, teacher: RecipeTeacher, asked: Mapping[str, int]) -> TeacherRows:
+    """Return what a teacher scores of the student's own answers, of ``TOKENS`` tokens where they may be as long."""
+    plan = planned(training, sum(asked.values()))
+    taught = sum(number for domain, number in asked.items() if teacher.teaches(domain))
+    rows = plan.rounds * min(plan.prompts, taught) * training.samples
+    tokens = min(TOKENS, training.sampling.max_tokens)
+    return _scoring(teacher, "own answers", rows, 0, rows * tokens * LOG_PROB, tokens)
+
+
+def _scoring(teacher: RecipeTeacher, what: str, rows: int, done: int, size: int, tokens: int = TOKENS) -> TeacherRows:
+    where = "in this process" if teacher.server is None else ", ".join(urls_of(teacher.server))
+    weights = _parameters(teacher.model)
+    exaflops = None if weights is None else rows * tokens * 2 * weights / 1e18
+    return TeacherRows(teacher.name, teacher.model, where, rows, done, size, exaflops, what)
 
 
 def _parameters(model: str) -> int | None:
@@ -247,7 +314,19 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
 def _steps(stage: str, training: Training, rows: int) -> TrainingSteps:
     held = training.eval if training.eval >= 1 else math.floor(training.eval * rows + 1e-9)
     trained = max(0, rows - int(held))
-    return TrainingSteps(stage, trained, math.floor(training.epochs * trained + 1e-9) // training.batch_size)
+    total = math.floor(training.epochs * trained + 1e-9)
+    problem = ""
+    if total < training.batch_size:
+        most = counted(trained, "row")
+        problem = (
+            f"train.{stage}: {training.epochs:g} epochs of at most {most} don't fill a batch of {training.batch_size}. "
+            + (
+                f"Set batch_size to {total} at most."
+                if total
+                else "There are too few prompts for it, or none is for it."
+            )
+        )
+    return TrainingSteps(stage, trained, total // training.batch_size, problem)
 
 
 def _fusing(recipe: Recipe, fuse: Fuse, by_domain: Mapping[str, int], again: int) -> Iterator[TrainingSteps]:
@@ -259,11 +338,6 @@ def _fusing(recipe: Recipe, fuse: Fuse, by_domain: Mapping[str, int], again: int
     for name, teachers in students.items():
         taught = [number for domain, number in by_domain.items() if any(each.teaches(domain) for each in teachers)]
         yield _steps(name, fuse, sum(taught) + again)
-
-
-def _rounds(training: OnPolicy, prompts: int) -> TrainingSteps:
-    plan = planned(training, prompts)
-    return TrainingSteps("on_policy", plan.rounds * plan.answers, plan.all_steps)
 
 
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:

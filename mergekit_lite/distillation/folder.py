@@ -32,9 +32,9 @@ class Folder:
         """Return the file of the prompts that a model has drawn."""
         return self.root / "magpie" / f"{name}.jsonl"
 
-    def drawn_log(self, name: str) -> Path:
-        """Return the file that takes what the server of such a model prints, where this process starts it."""
-        return self.root / "magpie" / f"{name}.server.log"
+    def written(self, name: str) -> Path:
+        """Return the file of the prompts that a model has written."""
+        return self.root / "written" / f"{name}.jsonl"
 
     def samples(self, source: str) -> Path:
         """Return the file of the answers of one source."""

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from mergekit_lite.answers import prompts as data
 from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
+from mergekit_lite.distillation import magpie, written
 from mergekit_lite.distillation.data.given import add_prompts
 from mergekit_lite.distillation.distinct import distinct_prompts
+from mergekit_lite.distillation.drawing import Draws, drawn
 from mergekit_lite.distillation.embeddings import with_embeddings, without_embeddings
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.magpie import drawn_prompts
 from mergekit_lite.distillation.nearest import nearest_prompts
 from mergekit_lite.distillation.recipe.checks import unknown_domains
 from mergekit_lite.distillation.recipe.choosing import ChosenPrompts
@@ -46,8 +47,8 @@ def read(recipe: Recipe, reporter: Reporter, *, plan: bool = False) -> list[Prom
         if not entry.chooses:
             loaded.read(entry)
             continue
-        if entry.magpie is not None:
-            pool = drawn_prompts(entry.magpie, entry.domain, recipe.folder, recipe.seed, reporter, plan=plan)
+        if entry.drawing is not None:
+            pool = drawn(_draws(recipe, entry, reporter), reporter, plan=plan)
         else:
             pool = with_embeddings([with_column(entry)], entry.embedding_columns)
         if entry.distinct is not None or entry.nearest is not None:
@@ -69,6 +70,13 @@ def read(recipe: Recipe, reporter: Reporter, *, plan: bool = False) -> list[Prom
         raise UsageError(listing("There is no prompt to ask", loaded.problems or ["the data have no rows"]))
     unknown_domains(recipe, [*(prompt.domain for prompt in loaded.prompts), *sorted(domains)])
     return loaded.prompts
+
+
+def _draws(recipe: Recipe, entry: ChosenPrompts, reporter: Reporter) -> Draws:
+    if entry.magpie is not None:
+        return magpie.draws_of(entry.magpie, entry.domain, recipe.folder, recipe.seed, reporter)
+    assert entry.written is not None
+    return written.draws_of(entry.written, entry.domain, recipe.folder, recipe.seed, reporter)
 
 
 def _chosen(entry: ChosenPrompts, pool: list[Prompt], folder: Path, reporter: Reporter, plan: bool) -> Iterator[Prompt]:

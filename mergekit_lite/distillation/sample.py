@@ -112,11 +112,11 @@ def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
         if not source.answers and not folder.samples(source.name).exists()
         for model in (source.aggregate.models if source.aggregate is not None else [source])
     ]
-    needed += [
-        (f"the model that draws prompts, {magpie.name}", magpie)
-        for prompts in recipe.prompts
-        if (magpie := prompts.magpie) is not None and not folder.drawn(magpie.name).exists()
-    ]
+    for prompts in recipe.prompts:
+        if (magpie := prompts.magpie) is not None and not folder.drawn(magpie.name).exists():
+            needed.append((f"the model that draws prompts, {magpie.name}", magpie))
+        if (written := prompts.written) is not None and not folder.written(written.name).exists():
+            needed.append((f"the model that writes prompts, {written.name}", written))
     target = []
     if and_target:
         if Path(recipe.target).is_absolute() and not Path(recipe.target).is_dir():

@@ -2,9 +2,9 @@
 
 One scorer at a time judges, so that one model at a time is in memory. Its verdicts on a source's answers are in
 ``scores/SCORER/SOURCE.jsonl``. Each row has a digest of what was judged as ``judged``: conversation, reference, tests
-and answer, for a function also whether the data have the prompt as a text. Where that has changed, the answer is judged
-again. ``scores/SCORER.json`` holds the scorer's settings, so that verdicts with different settings are never in one
-file.
+and answer, for a function also whether the data have the prompt as a text, for a scorer that compares answers also
+those that each is compared with. Where that has changed, the answer is judged again. ``scores/SCORER.json`` holds the
+scorer's settings, so that verdicts with different settings are never in one file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from xxhash import xxh3_64_hexdigest
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import ANSWER, VERDICT, Key, Prompt, read_rows
 from mergekit_lite.answers.scoring.registry import kind_of, open_scorer
+from mergekit_lite.answers.scoring.rivals import meets_rivals
 from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer
 from mergekit_lite.answers.thoughts import parts_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rivals import Pool
 from mergekit_lite.distillation.settings import as_from, hold_settings
 from mergekit_lite.errors import RunError, UsageError, counted, listing
 
@@ -56,6 +58,7 @@ class SourceAnswers:
     prompts: Mapping[str, Prompt]
     domains: tuple[str, ...] | None
     with_form: bool = False  # whether the scorer sees if a prompt is a text or messages
+    pool: Pool | None = None  # the answers that it compares each with
 
     def items(self, problems: list[str]) -> Iterator[Item]:
         """Yield the answers in the order of the file; malformed rows become problems."""
@@ -65,7 +68,8 @@ class SourceAnswers:
             if prompt is None:
                 problems.append(f"{self.path}:{line.number}: no {key.prompt!r} among the prompts")
             elif self.domains is None or prompt.domain in self.domains:
-                yield Item(key, digest_of(prompt, text, self.with_form), Judged(prompt, text))
+                rivals = self.pool.rivals(self.path, key) if self.pool is not None else ()
+                yield Item(key, digest_of(prompt, text, self.with_form, rivals), Judged(prompt, text, rivals))
 
 
 @dataclass(frozen=True)
@@ -122,25 +126,50 @@ def plan(recipe: Recipe, reporter: Reporter) -> list[ScoringTask]:
     if recipe.target_source is not None and folder.samples(TARGET).exists():
         sources.append(TARGET)
     problems: list[str] = []
-    tasks = [_task(folder, scorer, name, prompts, problems) for scorer in recipe.scorers for name in sources]
+    pools = _pools(recipe, folder, sources) if any(map(meets_rivals, recipe.scorers)) else {}
+    tasks = [
+        _task(folder, scorer, name, prompts, pools.get(name) if meets_rivals(scorer) else None, problems)
+        for scorer in recipe.scorers
+        for name in sources
+    ]
     if problems:
         reporter.warn(listing("Rows of answers left out", list(dict.fromkeys(problems))))
     return tasks
 
 
-def digest_of(prompt: Prompt, answer: str, with_form: bool = False) -> str:
+def digest_of(prompt: Prompt, answer: str, with_form: bool = False, rivals: Sequence[str] = ()) -> str:
     """Return a digest of all that a scorer sees; ``with_form``: also whether the data have the prompt as a text."""
     turns = [[message["role"], message["content"]] for message in prompt.messages]
     seen = [turns, prompt.reference, prompt.tests, answer, *([prompt.columns] if prompt.columns else [])]
     if with_form:
         seen.append("text" if prompt.plain else "messages")
+    if rivals:
+        seen.append({"rivals": [*rivals]})
     return xxh3_64_hexdigest(json.dumps(seen).encode())
 
 
+def _pools(recipe: Recipe, folder: Folder, sources: Sequence[str]) -> dict[str, Pool]:
+    """Return the answers that those of each source are compared with.
+
+    They are those of all; but where the target answers once it has learnt from the sources, they are judged before, and
+    its answers are compared with each other alone.
+    """
+    if recipe.train.before_preference is None:
+        return dict.fromkeys(sources, Pool(map(folder.samples, sources)))
+    asked = Pool(folder.samples(name) for name in sources if name != TARGET)
+    return {name: Pool([folder.samples(name)]) if name == TARGET else asked for name in sources}
+
+
 def _task(
-    folder: Folder, scorer: RecipeScorer, source: str, prompts: Mapping[str, Prompt], problems: list[str]
+    folder: Folder,
+    scorer: RecipeScorer,
+    source: str,
+    prompts: Mapping[str, Prompt],
+    pool: Pool | None,
+    problems: list[str],
 ) -> ScoringTask:
-    answers = SourceAnswers(folder.samples(source), prompts, scorer.domains, kind_of(scorer.kind).sees_form)
+    sees_form = kind_of(scorer.kind).sees_form
+    answers = SourceAnswers(folder.samples(source), prompts, scorer.domains, sees_form, pool)
     digests = {item.key: item.digest for item in answers.items(problems)}
 
     def key_of(row: dict[str, Any]) -> Key:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mergekit_lite.checkpoint import Checkpoint
     from mergekit_lite.gathering.passes import Progress, Results
+    from mergekit_lite.gathering.working_file import WorkingFile
     from mergekit_lite.resident.model import Built
 
 INSTEAD = "a smaller model: statistics need it in memory"
@@ -66,7 +67,9 @@ class _Work:
 
     tensors: Sequence[OutputTensor]
     metadata: dict[str, str]
-    passes: Callable[[frozenset[str]], list[Callable[[Progress], Results]]]  # of the names that are missing
+    passes: Callable[
+        [frozenset[str]], list[Callable[[Progress, WorkingFile], Results]]
+    ]  # of the names that are missing
 
 
 @named_options
@@ -82,7 +85,8 @@ def gather_statistics(
 
     Gram matrices XᵀX / tokens of the inputs X of every linear layer that text goes through, padding not counted; layers
     that read the same share one. Or the diagonal of the Fisher information: the mean over examples of the squared
-    gradient of the log-probability of the response. A killed run goes on with the matrices that it had finished.
+    gradient of the log-probability of the response. A killed run goes on where it was some minutes before, to the same
+    bytes.
 
     Args:
         model: a causal language model that transformers knows, with its tokenizer.
@@ -122,7 +126,7 @@ def gather_statistics(
         passes = work.passes(file.missing)
         advance = Counted(how, examples.tokens * len(passes))
         for one in passes:
-            for name, values in one(advance):
+            for name, values in one(advance, file):
                 file.write(name, values)
         file.publish()
     return Gathered(
@@ -167,11 +171,13 @@ def _grams(built: Built, source: Checkpoint, examples: Examples, device: str, ho
     if not layers.inputs:
         raise UsageError(f"{source.reference}: its model has no linear layers of its own. regmean would only average.")
 
-    def passes(missing: frozenset[str]) -> list[Callable[[Progress], Results]]:
+    def passes(missing: frozenset[str]) -> list[Callable[[Progress, WorkingFile], Results]]:
         units = [read for read in layers.inputs if read.name in missing]
         groups = grouped(units, lambda read: GRAM * read.size**2, how.most(device))
         return [
-            lambda progress, group=group: gram_pass(built, layers, group, examples.rows, how.batch_size, progress)  # type: ignore[misc]
+            lambda progress, file, group=group: gram_pass(  # type: ignore[misc]
+                built, layers, group, examples.rows, how.batch_size, progress, file
+            )
             for group in groups
         ]
 
@@ -186,11 +192,13 @@ def _fisher(built: Built, source: Checkpoint, examples: Examples, device: str, h
     check_head(built.model)
     parameters = parameters_of(built)
 
-    def passes(missing: frozenset[str]) -> list[Callable[[Progress], Results]]:
+    def passes(missing: frozenset[str]) -> list[Callable[[Progress, WorkingFile], Results]]:
         units = [each for each in parameters if missing.intersection(each.names)]
         groups = grouped(units, lambda each: each.nbytes, how.most(device))
         return [
-            lambda progress, group=group: fisher_pass(built, group, examples.rows, progress)  # type: ignore[misc]
+            lambda progress, file, group=group: fisher_pass(  # type: ignore[misc]
+                built, group, examples.rows, progress, file
+            )
             for group in groups
         ]
 

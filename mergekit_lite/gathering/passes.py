@@ -20,6 +20,7 @@ from mergekit_lite.answers.template import Tokens
 from mergekit_lite.checkpoint.statistics_file import DTYPE
 from mergekit_lite.errors import RunError
 from mergekit_lite.gathering.layers import Inputs, Layers, input_of
+from mergekit_lite.gathering.working_file import WorkingFile
 from mergekit_lite.resident.model import Built
 
 T = TypeVar("T")
@@ -46,7 +47,13 @@ def grouped(units: Iterable[T], nbytes: Callable[[T], int], most: int) -> list[l
 
 
 def gram_pass(
-    built: Built, layers: Layers, group: Sequence[Inputs], rows: Sequence[Tokens], batch_size: int, progress: Progress
+    built: Built,
+    layers: Layers,
+    group: Sequence[Inputs],
+    rows: Sequence[Tokens],
+    batch_size: int,
+    progress: Progress,
+    file: WorkingFile,
 ) -> Results:
     """Yield XᵀX / n of the n inputs X that some layers read, padding not counted.
 
@@ -57,10 +64,14 @@ def gram_pass(
         rows: the examples.
         batch_size: examples that are read at once, where the layers take padding.
         progress: called after each batch.
+        file: that they are for, beside which the sums are kept.
     """
-    device = built.model.device
+    device, size = built.model.device, batch_size if layers.takes_padding else 1
     sums = {read.name: torch.zeros(read.size, read.size, dtype=torch.float64, device=device) for read in group}
-    counts = dict.fromkeys(sums, 0)
+    counts = {name: torch.zeros(1, dtype=torch.float64) for name in sums}
+    kept = file.sums("gram", size, [read.name for read in group])
+    summed = [*sums.values(), *counts.values()]
+    done = kept.take_up(summed)
     mask: list[torch.Tensor] = []
 
     def summing(read: Inputs) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
@@ -79,14 +90,16 @@ def gram_pass(
     with torch.no_grad(), ExitStack() as hooks:
         for read in group:
             hooks.enter_context(read.module.register_forward_pre_hook(summing(read), with_kwargs=True))
-        for places in batches(rows, batch_size if layers.takes_padding else 1):
-            batch = padded([rows[place] for place in places], device=device)
-            mask[:] = [batch.attention_mask.flatten().bool()]
-            with suppress(_Enough):
-                built.model(**batch.inputs, use_cache=False)
-            progress(int(batch.attention_mask.sum()))
+        for number, places in enumerate(batches(rows, size), 1):
+            if number > done:
+                batch = padded([rows[place] for place in places], device=device)
+                mask[:] = [batch.attention_mask.flatten().bool()]
+                with suppress(_Enough):
+                    built.model(**batch.inputs, use_cache=False)
+                kept.keep(summed, number)
+            progress(sum(len(rows[place].prompt) + len(rows[place].response) for place in places))
     for name, total in sums.items():
-        yield _checked(name, total.div_(max(counts[name], 1)))
+        yield _checked(name, total.div_(max(int(counts[name]), 1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +124,9 @@ def parameters_of(built: Built) -> list[Parameter]:
     return [Parameter(each, tuple(own)) for each, own in owned if own and each.is_floating_point()]
 
 
-def fisher_pass(built: Built, group: Sequence[Parameter], rows: Sequence[Tokens], progress: Progress) -> Results:
+def fisher_pass(
+    built: Built, group: Sequence[Parameter], rows: Sequence[Tokens], progress: Progress, file: WorkingFile
+) -> Results:
     """Yield the mean over examples of the squared gradient of the response's log-probability, Σ log π(y_t | x, y_<t).
 
     Args:
@@ -119,23 +134,28 @@ def fisher_pass(built: Built, group: Sequence[Parameter], rows: Sequence[Tokens]
         group: the parameters whose elements it is of.
         rows: the examples; each has a response.
         progress: called after each example.
+        file: that it is for, beside which the sums are kept.
     """
     sums = [torch.zeros_like(each.values, dtype=torch.float32) for each in group]
+    kept = file.sums("fisher", [each.names for each in group])
+    done = kept.take_up(sums)
     before = {parameter: parameter.requires_grad for parameter in built.model.parameters()}
     try:
         for parameter in before:
             parameter.requires_grad_(False)
         for each in group:
             each.values.requires_grad_(True)
-        for row in rows:
-            batch = padded([row], device=built.model.device)
-            response_log_probs(built.model, batch).sums.sum().backward()  # type: ignore[no-untyped-call]
-            for each, total in zip(group, sums, strict=True):
-                if (gradient := each.values.grad) is not None:  # of experts that no token goes to there is none
-                    gradient = gradient.float()
-                    total.addcmul_(gradient, gradient)
-                    each.values.grad = None
-            progress(batch.input_ids.numel())
+        for number, row in enumerate(rows, 1):
+            if number > done:
+                batch = padded([row], device=built.model.device)
+                response_log_probs(built.model, batch).sums.sum().backward()  # type: ignore[no-untyped-call]
+                for each, total in zip(group, sums, strict=True):
+                    if (gradient := each.values.grad) is not None:  # of experts that no token goes to there is none
+                        gradient = gradient.float()
+                        total.addcmul_(gradient, gradient)
+                        each.values.grad = None
+                kept.keep(sums, number)
+            progress(len(row.prompt) + len(row.response))
     finally:
         for parameter, required in before.items():
             parameter.requires_grad_(required)

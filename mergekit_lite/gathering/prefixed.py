@@ -280,7 +280,7 @@ def _go_through(
             if passes and part.own:
                 weights.set(model.plan, part.own)
             for group in passes:
-                made = gram_pass(weights.built, layers, group, model.examples.rows, how.batch_size, advance)
+                made = gram_pass(weights.built, layers, group, model.examples.rows, how.batch_size, advance, file)
                 for name, values in made:
                     file.write(name, values)
                 model.passes += 1

@@ -19,6 +19,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import not_written
 from mergekit_lite.checkpoint.reader import bytes_of
 from mergekit_lite.errors import UsageError
+from mergekit_lite.gathering.kept_sums import KeptSums
 from mergekit_lite.layout import OutputTensor, safetensors_layout
 from mergekit_lite.output.file_writer import reserve
 
@@ -71,10 +72,15 @@ class WorkingFile:
             raise not_written(self.partial, error) from error
         self._ledger.append([{"work": self._work, "name": name, "digest": xxhash.xxh3_128_hexdigest(data)}])
 
+    def sums(self, *what: object) -> KeptSums:
+        """Return where the sums of a pass are kept while it is on; ``what`` tells it from other passes of this work."""
+        return KeptSums(self.path.with_name(f"{self.path.name}.sums"), (self._work, *what))
+
     def publish(self) -> None:
         """Give the complete file its name. Raises RunError."""
         try:
             self.partial.replace(self.path)
+            self.sums().discard()
             self._ledger.discard()
         except OSError as error:
             raise not_written(self.path, error) from error

@@ -12,7 +12,9 @@ To every G is added λ·I with λ = ridge·trace(Σ w·G) / (d·Σ w), d being t
 there, by Cholesky's factors in float64, and inputs that no model ever saw get the average. Much less than the default
 may not do where there are fewer tokens than inputs: the matrices are stored in float32, and rounding makes eigenvalues
 that are 0 negative, of 2,048 inputs by up to 6e-6 of the mean eigenvalue (measured). That is an error. The released
-code adds nothing and inverts: with fewer tokens than inputs, its matrix is singular.
+code adds nothing and inverts: with fewer tokens than inputs, its matrix is singular. Few tokens leave much free: of two
+random changes to SmolLM2 135M, each with 32 short texts, the merge came to lie nine times as far from the base as
+either of them. A larger ridge brings it nearer to the average.
 
 ``regmean_plus`` is RegMean++ (Nguyen et al., TMLR 2026, arXiv 2508.03121): the same formula, with G of the inputs that
 each layer of a model gets from the merged layers before it. As those hang on all models and numbers, one command

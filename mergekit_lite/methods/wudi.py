@@ -14,7 +14,10 @@ The released code instead takes 300 steps of Adam of 1e-5 each: ``steps: 300``. 
 
 Where the deltas together have no more directions than the matrix has columns, as those of adapters do in a space of
 their own, the minimiser satisfies all of them, loss 0. It can then be many times as long as Σδ and break the model: see
-"Which merge helps?" in the documentation. The released steps stay near Σδ.
+"Which merge helps?" in the documentation. So it is with grouped-query keys and values of whole fine-tunes: of three
+random changes to a model whose keys have 192 rows and 576 columns (SmolLM2 135M), where 3 × 192 directions fill the
+space, the keys' change came out 275 times as long as one of the three, the queries' twice as long. The released steps
+stay near Σδ.
 
 Which tensors are merged so, and the memory it takes, is told of the methods by singular vectors; the others get
 base + mean(δ). A step takes as long as multiplying the matrix by a square one of its columns: hundreds of them are for

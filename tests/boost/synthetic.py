@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Job, Params, label, pieces
+from mergekit_lite.boosting.candidates.candidate import NONE, Evaluator, ItemRow, Job, Params, Rivals, label, pieces
 from mergekit_lite.boosting.search.search import Search, SearchOutcome
 from mergekit_lite.boosting.search.study import Study
 
@@ -62,7 +62,9 @@ class SyntheticEvaluator:
         self.fail_after: int | None = None
         self.portion = 16
 
-    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
+    def measure(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
         for item in items:
             if item in wanted:
                 if self.fail_after is not None and len(self.measured) >= self.fail_after:

@@ -47,6 +47,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "merge.yml").write_text(
         "merge_method: task_arithmetic\nbase_model: org/base\nmodels: [{model: org/tuned-a}]\nparameters: {weight: 1}\n"
     )
+    (tmp_path / "moa.yml").write_text(
+        "models: [{name: one, model: org/base}]\nlayers: [{step: generate, model: one}]\n"
+    )
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -190,3 +190,23 @@ def test_many_checkpoints_have_the_figures_of_the_weights(tmp_path: Path) -> Non
     signs = np.sign(np.stack([flat(one) - flat(base) for one in states[1:]]))
     both = (np.abs(signs) @ np.abs(signs).T + signs @ signs.T) / 2 / (np.abs(signs) @ np.abs(signs).T)
     np.testing.assert_allclose(np.array(comparison.overall.agree), both, rtol=1e-9)
+
+
+def test_many_models_have_the_sampled_figures_of_each(tmp_path: Path) -> None:
+    """They are looked at some at a time; the sample is the whole tensor here."""
+    torch.manual_seed(21)
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = torch.randn(70, 90)
+    write_folder(tmp_path / "base", {name: base})
+    deltas = [torch.randn(70, 90) * 1e-3 for _ in range(20)]
+    paths = [write_folder(tmp_path / f"m{number}", {name: base + delta}) for number, delta in enumerate(deltas)]
+    together = compare(tmp_path / "base", paths).overall
+    for number in (0, 15, 16, 19):
+        alone = compare(tmp_path / "base", paths[number]).overall
+        close([together.stable_rank[number]], alone.stable_rank)
+        close(together.sizes[number], alone.sizes[0])
+        for of_dtype, one in zip(together.effective, alone.effective, strict=True):
+            close([of_alpha[number] for of_alpha in of_dtype], [of_alpha[0] for of_alpha in one])
+    written = [(base + delta) - base for delta in deltas]
+    kept = [set(each.abs().flatten().topk(70 * 90 // 5).indices.tolist()) for each in written]
+    close([together.overlap[3][18]], [len(kept[3] & kept[18]) / len(kept[3])])

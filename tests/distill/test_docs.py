@@ -18,7 +18,7 @@ from mergekit_lite.answers.scoring import scorer
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives.preference import OBJECTIVES
-from mergekit_lite.distillation.recipe.choosing import Distinct, Magpie, Nearest, SftRows
+from mergekit_lite.distillation.recipe.choosing import Distinct, Magpie, Nearest, SftRows, Written
 from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.distillation.recipe.schema import (
     Fuse,
@@ -93,6 +93,20 @@ def test_the_recipe_that_draws_plans(tmp_path: Path) -> None:
     assert told["name"] == Magpie.model_fields["name"].default
 
 
+def test_the_recipe_that_has_prompts_written_plans(tmp_path: Path) -> None:
+    (tmp_path / "written.yaml").write_text(YAML["written.yaml"])
+    for name in ("skills", "kinds"):
+        (tmp_path / f"{name}.txt").write_text("one\ntwo\nthree\n")
+    result = CliRunner().invoke(main, ["distill", "run", str(tmp_path / "written.yaml"), "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    assert [domain["prompts"] for domain in json.loads(result.output)["domains"]] == [4000]
+    told = dict(re.findall(r"^\| `(\w+)` \| (\w*) ?\|", section("Prompts that a model writes"), re.MULTILINE))
+    assert told.keys() <= Written.model_fields.keys() and told["name"] == Written.model_fields["name"].default
+    *_, block = re.findall(r"```yaml\n(.*?)```", section("Prompts that a model writes"), re.DOTALL)
+    entry = {"written": {"model": "m", "server": "http://x/v1", "number": 3, **yaml.safe_load(block)}}
+    assert load(write_recipe(tmp_path, prompts=[entry])).prompts[0].called == "written"
+
+
 def test_the_recipes_of_given_data_load(tmp_path: Path) -> None:
     answers, rows = re.findall(r"```yaml\n(.*?)```", section("Data that are there"), re.DOTALL)
     train = "train: {sft: {learning_rate: 1.0e-5}, preference: {objective: dpo, learning_rate: 1.0e-6}}\n"
@@ -162,7 +176,13 @@ def test_the_tables_tell_of_all() -> None:
 
 def test_the_files_are_those_of_the_folder() -> None:
     folder = Folder(Path())
-    files = [folder.prompts, folder.drawn("NAME"), folder.samples("SOURCE"), folder.scores("SCORER", "SOURCE")]
+    files = [
+        folder.prompts,
+        folder.drawn("NAME"),
+        folder.written("NAME"),
+        folder.samples("SOURCE"),
+        folder.scores("SCORER", "SOURCE"),
+    ]
     files += [folder.pairs(name) for name in ("sft", "preference", "target", "dropped")]
     assert all(f"| `{file}` |" in PAGE for file in files)
     assert all(f"`{folder.trained(name)}/`" in PAGE for name in Train.model_fields)

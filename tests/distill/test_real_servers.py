@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mergekit_lite.answers.rows import write_rows
 from tests.answers.test_local import write_model
@@ -32,7 +33,7 @@ LLAMA = "llama-server -m {model} --port {port} -t 2 -np 4 -c 8192"
 SAMPLING = {"max_tokens": 12, "top_k": 5}
 
 needs_transformers = pytest.mark.skipif(
-    subprocess.run([PYTHON, "-c", "import fastapi, uvicorn"], capture_output=True, check=False).returncode != 0,
+    subprocess.run([PYTHON, "-c", "import fastapi, openai, uvicorn"], capture_output=True, check=False).returncode != 0,
     reason="transformers serve needs its extra `serving`",
 )
 needs_llama = pytest.mark.skipif(
@@ -74,6 +75,23 @@ def test_transformers_serve_refuses_top_k_and_says_so(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     code, _, error = invoke("sample", place(tmp_path, "./model", TRANSFORMERS))
     assert code == 1 and "refuses 'top_k', which is set for it, and says 422" in error, error
+
+
+@needs_transformers
+def test_transformers_serve_draws_prompts(tmp_path: Path) -> None:
+    """It reads the beginning of the template as it is, by its own count, and is asked without what it doesn't take."""
+    model = write_model(tmp_path / "model", style="llama-3")
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"do_sample": True}))
+    path = place(tmp_path, "./model", TRANSFORMERS, samples=1, sampling={"max_tokens": 4})
+    stops = [*"aeiost "]  # a model without sense ends no prompt soon
+    magpie = {"model": "./model", "serve": TRANSFORMERS, "number": 12, "sampling": {"max_tokens": 64, "stop": stops}}
+    content = yaml.safe_load(path.read_text()) | {"prompts": [{"magpie": magpie}]}
+    path.write_text(yaml.safe_dump(content))
+    code, _, error = invoke("sample", path)
+    drawn = rows(tmp_path / "out" / "magpie" / "magpie.jsonl")
+    assert code == 0 and len(drawn) == 12 and len({row["text"] for row in drawn}) > 3, error
+    assert "refuses 'stop_token_ids'" in error and "chat template of its own" not in error
 
 
 @needs_llama

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner
 
 from mergekit_lite.answers.prompts import from_row
 from mergekit_lite.answers.rows import write_rows
+from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.table import PairingTable
 from mergekit_lite.distillation.recipe.schema import Recipe
@@ -22,6 +25,7 @@ from mergekit_lite.distillation.reporting import curves
 from mergekit_lite.distillation.reporting.findings import Findings
 from mergekit_lite.distillation.score import digest_of
 from mergekit_lite.errors import UsageError
+from tests.answers.fake_server import Fake, fake_server
 from tests.browser import Browser
 
 PROMPTS = 40
@@ -303,11 +307,58 @@ def test_what_is_given_has_no_part_in_the_report(tmp_path: Path) -> None:
     assert findings.comparison.scorers == ["armorm"] and len(findings.comparison.answers) == len(MEANS)
 
 
-def test_without_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asks", [True, False])
+def test_without_training(tmp_path: Path, asks: bool) -> None:
+    """With held-out prompts or without them nothing is written."""
     write_rows(tmp_path / "held-out.jsonl", prompt_rows("held", 4))
     write_rows(Folder(tmp_path / "made").prompts, prompt_rows("train", 4))
     with pytest.raises(UsageError, match="no trained model"):
-        report(recipe(tmp_path), Reporter())
+        report(recipe(tmp_path, **({} if asks else {"report": {}})), Reporter())
+    assert not Folder(tmp_path / "made").report.exists()
+
+
+def wordy(text: str, seed: int) -> str:
+    """A judge of pairs that likes words."""
+    first, second = (text.split(f"<answer_{place}>\n")[1].split(f"\n</answer_{place}>")[0] for place in "ab")
+    counts = first.count("word"), second.count("word")
+    return f"Better: {'tie' if counts[0] == counts[1] else 'A' if counts[0] > counts[1] else 'B'}"
+
+
+def test_models_are_judged_in_pairs(tmp_path: Path) -> None:
+    """``distill report`` with a served judge: against the references, and the models among each other, both orders."""
+    trained_folder(tmp_path)
+    with fake_server(Fake(say=wordy)) as judge:
+        pairwise = {"kind": "pairwise", "model": "m", "server": judge.url}
+        data = {
+            "folder": "made",
+            "target": "org/target",
+            "prompts": [{"path": "train.jsonl"}],
+            "sources": [{"name": "gemma", "model": "org/gemma"}],
+            "scorers": [
+                {"name": "flat", "kind": "exact"},
+                {"name": "wins", **pairwise},
+                {"name": "duels", **pairwise, "options": {"against": "rivals"}},
+            ],
+            "pairs": {"rule": "best_worst", "score": "flat"},
+            "train": {"preference": {"objective": "dpo", "learning_rate": 1e-6}, "sft": {"learning_rate": 1e-6}},
+            "report": {"prompts": [{"path": "held-out.jsonl"}], "scores": ["wins", "duels"]},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+        ran = CliRunner().invoke(main, ["distill", "report", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
+        assert ran.exit_code == 0, ran.stderr
+        asked = len(judge.bodies)
+        again = CliRunner().invoke(main, ["distill", "report", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
+        assert again.exit_code == 0 and len(judge.bodies) == asked, "nothing is asked twice"
+    # 39 prompts to which one model says more, one on which all say the same number of words; half have a reference.
+    found = json.loads((tmp_path / "made/report/report.json").read_text())["held_out"]["models"]
+    assert {name: model["wins"]["prompts"] for name, model in found.items()} == dict.fromkeys(MEANS, 20)
+    assert {name: model["wins"]["mean"] for name, model in found.items()} == dict.fromkeys(MEANS, (19 + 0.5) / 20)
+    means = {name: model["duels"]["mean"] for name, model in found.items()}
+    less, more = (39 * 0.25 + 0.5) / 40, (39 + 0.5) / 40
+    assert means == pytest.approx({"untrained": less, "sft": less, "preference": more})
+    assert asked == 3 * 20 * 2 + 3 * 40 * 4
+    told = (tmp_path / "made/report/report.md").read_text()
+    assert "By duels, the preference model is first" in told and "By wins," in told
 
 
 def test_without_held_out_prompts(tmp_path: Path) -> None:

@@ -157,6 +157,10 @@ def test_the_report_is_of_all_rounds(done: Path) -> None:
         *("held-out.png", "rounds.png", "round-1-preference.png", "round-2-preference.png")
     }
     text = (folder / "report.md").read_text()
+    tables = [json.loads((done.parent / f"made/round-{n}/pairs/table.json").read_text()) for n in (1, 2)]
+    assert [each["pairs"] for each in written["rounds"]] == tables and tables[0]["all"]["preference"] > 0
+    lines = [f"| {n} | – | {table['all']['prompts']} | {table['all']['total']} |" for n, table in enumerate(tables, 1)]
+    assert "| round | domain | prompts | rows |" in text and all(line in text for line in lines)
     assert "## Over the rounds" in text and "Preference training, round 2" in text and "the model of round 1" in text
 
 

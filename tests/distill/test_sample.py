@@ -252,7 +252,8 @@ def test_run_takes_the_stages_in_their_order(tmp_path: Path, monkeypatch: pytest
     for name, stage in stages.items():
         monkeypatch.setattr(distilling, name, stage)
     with fake_server() as fake:
-        assert invoke("run", place(tmp_path, fake.url))[0] == 0
+        small = {"sft": {"learning_rate": 1e-5, "batch_size": 2}}
+        assert invoke("run", place(tmp_path, fake.url, train=small))[0] == 0
         assert taken == ["score", "pair", "train", "report"]
         taken.clear()
         own = {"server": fake.url, "model": "trained"}

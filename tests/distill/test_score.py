@@ -14,9 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_lite.answers import server as server_module
+from mergekit_lite.answers.loading import placed
 from mergekit_lite.answers.rows import write_rows
+from mergekit_lite.answers.scoring.pair_ranker import Comparison, load
 from mergekit_lite.commands import main
 from tests.answers.fake_server import Fake, fake_server
+from tests.answers.scorers.pair_ranker import write_for_transformers
 from tests.answers.scorers.test_reward import write_classifier
 from tests.distill.recipes import write_recipe
 from tests.models import tree_bytes
@@ -318,3 +321,86 @@ def test_thoughts_are_not_judged(tmp_path: Path) -> None:
     write_rows(tmp_path / "run" / "out" / "samples" / "a.jsonl", rows)
     assert invoke(path)[0] == 0
     assert [row["score"] for row in scores(tmp_path / "run", "right", "a")] == [1, 1, 0]
+
+
+RIVALS = {"name": "wins", "kind": "pairwise", "model": "m", "options": {"against": "rivals", "retries": 0}}
+
+
+def longer(text: str, seed: int) -> str:
+    """A judge that likes late letters, wherever they stand."""
+    first, second = (text.split(f"<answer_{place}>\n")[1].split(f"\n</answer_{place}>")[0] for place in "ab")
+    return f"Better: {'tie' if first == second else 'A' if first > second else 'B'}"
+
+
+def test_answers_are_compared_with_those_of_all_sources(tmp_path: Path) -> None:
+    """Each with the five others to its prompt; a pair is asked once for each source that has a part in it."""
+    with fake_server(Fake(say=longer)) as fake:
+        path = place(tmp_path / "run", [{**RIVALS, "server": fake.url}], prompts=2)
+        assert invoke(path)[0] == 0
+        asked = len(fake.bodies)
+        assert [row["score"] for row in scores(tmp_path / "run", "wins", "a")] == [0, 0.2, 0.4] * 2
+        assert [row["score"] for row in scores(tmp_path / "run", "wins", "b")] == [0.6, 0.8, 1] * 2
+        assert asked == 2 * 2 * (3 * 2 + 2 * 3 * 3)
+        assert invoke(path)[0] == 0 and len(fake.bodies) == asked
+        # The sources' answers aren't judged again for those of a target that has learnt from them.
+        answer(path.parent / "out", "target", 2, 3)
+        own = {"samples": 3, "sampling": {"temperature": 1}}
+        train = {name: {"learning_rate": 1e-6} for name in ("sft", "preference")}
+        train["preference"]["objective"] = "dpo"
+        changes = {"prompts": 2, "target_source": own, "train": train}
+        place(tmp_path / "run", [{**RIVALS, "server": fake.url}], **changes)
+        assert invoke(path)[0] == 0
+        assert [row["score"] for row in scores(tmp_path / "run", "wins", "target")] == [0, 0.5, 1] * 2
+        assert len(fake.bodies) == asked + 2 * 3 * 2
+        # Without such a training all nine are rivals.
+        place(
+            tmp_path / "run",
+            [{**RIVALS, "server": fake.url}],
+            **{**changes, "train": {"preference": train["preference"]}},
+        )
+        assert invoke(path)[0] == 0
+        found = [row["score"] for name in ("a", "b", "target") for row in scores(tmp_path / "run", "wins", name)[:3]]
+        assert found == [place / 8 for place in range(9)]
+
+
+def test_other_rivals_are_met_again(tmp_path: Path) -> None:
+    with fake_server(Fake(say=longer)) as fake:
+        path = place(tmp_path / "run", [{**RIVALS, "server": fake.url}], prompts=2)
+        assert invoke(path)[0] == 0
+        asked = len(fake.bodies)
+        place_b = path.parent / "out" / "samples" / "b.jsonl"
+        place_b.write_text(place_b.read_text().replace('"b 1 0"', '"A new answer"'))
+        assert invoke(path)[0] == 0
+        assert [row["score"] for row in scores(tmp_path / "run", "wins", "a")] == [0, 0.2, 0.4, 0.2, 0.4, 0.6]
+        assert len(fake.bodies) == asked + 2 * (3 * 2 + 2 * 3 * 3), "of the one prompt"
+
+
+def test_pair_rm_ranks_the_answers_to_a_prompt(tmp_path: Path) -> None:
+    """Its scores are its formula's over the answers of both sources; interrupted or not, they are the same bytes."""
+    model = write_for_transformers(tmp_path / "ranker")
+    lengths = {"source_length": 30, "answer_length": 40}
+    ranks = {"name": "pr", "kind": "pair_rm", "model": str(model), "batch_size": 2, "options": lengths}
+    assert invoke(place(tmp_path / "run", [ranks], prompts=40))[0] == 0
+    ranker = load(str(model), placed("cpu", None), None, 30, 40)
+    found = [row["score"] for row in scores(tmp_path / "run", "pr", "b")][3 * 7 : 3 * 8]
+    answers = [f"{name} 7 {i}" for name in "ab" for i in range(3)]
+    for score, ours in zip(found, answers[3:], strict=True):
+        pairs = [Comparison("question 7", *both) for other in answers for both in ((ours, other), (other, ours))]
+        margins = ranker.compare(pairs, 1)
+        assert score == pytest.approx((sum(margins[::2]) - sum(margins[1::2])) / 6, abs=1e-5)
+    assert invoke(place(tmp_path / "again", [ranks], prompts=40))[0] == 0
+    path = tmp_path / "again" / "out" / "scores" / "pr" / "b.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:50]))
+    assert invoke(tmp_path / "again" / "recipe.yaml")[0] == 0
+    assert path.read_bytes() == whole == (tmp_path / "run" / "out" / "scores" / "pr" / "b.jsonl").read_bytes()
+
+
+def test_scores_of_two_contests_dont_rank_together(tmp_path: Path) -> None:
+    own = {"samples": 3, "sampling": {"temperature": 1}}
+    scorer = {**RIVALS, "server": "http://127.0.0.1:9/v1"}
+    pairs = {"rule": "best_worst", "score": "wins", "answers": "all"}
+    train = {"sft": {"learning_rate": 1e-6}, "preference": {"objective": "dpo", "learning_rate": 1e-6}}
+    path = place(tmp_path / "run", [scorer], target_source=own, pairs=pairs, train=train)
+    code, _, told = invoke(path)
+    assert code == 2 and "'wins' scores an answer among its rivals" in told

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_lite import Gathered, RunError, UsageError, gather_statistics
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.checkpoint.statistics_file import Gram, open_statistics
-from mergekit_lite.gathering import working_file
+from mergekit_lite.gathering import kept_sums, working_file
 from mergekit_lite.gathering.examples import prompts_in
 from tests.gathering.models import PROMPTS, prompts, written
 from tests.processes import preload, run
@@ -156,6 +156,64 @@ def test_a_killed_command_goes_on(place: Path, tmp_path: Path, kind: tuple[str, 
     assert json.loads(resumed.stdout)["passes"] == in_all - 3
     assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
+
+
+def kill_after_keeping_twice() -> None:
+    """Let this process keep its sums after each batch, and be killed when it is to do so for the third time."""
+    kept_sums.EVERY = kept_sums.SHARE = 0
+    keep, left = kept_sums.KeptSums.keep, [2]
+
+    def kept_or_killed(self: kept_sums.KeptSums, sums: Any, batches: int) -> None:
+        self._due = 0
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        keep(self, sums, batches)
+
+    kept_sums.KeptSums.keep = kept_or_killed  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", [(), ("--fisher",)])
+def test_a_command_killed_within_a_pass_goes_on_there(place: Path, tmp_path: Path, kind: tuple[str, ...]) -> None:
+    options = ("--batch-size", "1", *kind)
+    words = ("statistics", place / "llama", "--prompts", place / "prompts.jsonl", *options)
+    assert run(tmp_path, *words, "-o", "whole.safetensors").returncode == 0
+    killed = run(tmp_path, *words, "-o", "killed.safetensors", before=kill_after_keeping_twice)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    sums = tmp_path / "killed.safetensors.sums"
+    assert int(sums.read_bytes()[32:52]) == 2  # batches
+    assert run(tmp_path, *words, "-o", "killed.safetensors").returncode == 0
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
+
+
+def test_kept_sums_are_taken_up_to_the_bit_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_sums, "EVERY", 0)
+    file = tmp_path / "out.sums"
+    sums = [torch.randn(3, 5, dtype=torch.float64).mT, torch.randn(7), torch.empty(0)]
+    kept_sums.KeptSums(file, "this").keep(sums, 12)
+
+    def taken(what: str) -> int:
+        found = [torch.zeros_like(each) for each in sums]
+        batches = kept_sums.KeptSums(file, what).take_up(found)
+        wanted = sums if batches else [torch.zeros_like(each) for each in sums]
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        return batches
+
+    assert taken("this") == 12
+    assert taken("other") == 0
+    content = bytearray(file.read_bytes())
+    for damaged in (
+        bytes([*content[:-1], content[-1] ^ 1]),
+        content[:-1],
+        b"",
+        content[:32] + b"x" * 52 + content[84:],
+    ):
+        file.write_bytes(damaged)
+        assert taken("this") == 0
+    kept_sums.KeptSums(file, "this").discard()
+    assert taken("this") == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_damaged_meanwhile_is_made_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

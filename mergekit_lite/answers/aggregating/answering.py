@@ -6,7 +6,7 @@ the form of the rows that SFT reads, so ``distill`` and ``boost`` take the file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from mergekit_lite.answers.aggregating.calls import Item
 from mergekit_lite.answers.aggregating.dry_run import ModelCalls, dry_run
 from mergekit_lite.answers.aggregating.recipe import AnswerRecipe, load
-from mergekit_lite.answers.aggregating.running import Aggregation, Reports, ledger_of, run
+from mergekit_lite.answers.aggregating.running import TAUGHT, Aggregation, Reports, ledger_of, run
 from mergekit_lite.answers.aggregating.steps import said_in
 from mergekit_lite.answers.asked_model import AskedModel, absent
 from mergekit_lite.answers.asking import Task
@@ -47,13 +47,13 @@ class Untold:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ToAnswer:
     """What is to be answered, and by whom."""
 
     recipe: AnswerRecipe
     output: Path  # of the answers, as JSON Lines
     tasks: tuple[Task, ...]
-    notes: tuple[str, ...]  # rows of the prompts that were left out, an option without effect
+    notes: tuple[str, ...] = ()  # rows of the prompts that were left out, an option without effect
     ray: str | None = None  # the cluster that models of this process are spread over
 
     @property
@@ -68,7 +68,7 @@ class Prepared:
 
     @property
     def rows(self) -> Path:
-        """The file of the rows that an aggregator can be trained on."""
+        """The file of the rows that a model can learn these steps from."""
         return self.output.with_name(f"{self.output.stem}.rows.jsonl")
 
     def log(self, model: AskedModel) -> Path:
@@ -84,9 +84,9 @@ class Prepared:
 class Answered:
     """What was answered."""
 
-    prepared: Prepared
+    prepared: ToAnswer
     answers: int
-    rows: int  # to train an aggregator on
+    rows: int  # to learn these steps from
     asked: dict[str, int]  # replies that this run got, by model
     missing: tuple[str, ...]  # messages
 
@@ -110,7 +110,8 @@ def answer(
         recipe: a YAML file; see docs/answer.md.
         output: the file of the answers, ``.jsonl``.
         limit: most prompts that are answered.
-        rows: write ``NAME.rows.jsonl`` as well, on which a model can learn to aggregate (AFT).
+        rows: write ``NAME.rows.jsonl`` as well, on which a model can learn to aggregate (AFT), or to criticise and
+            refine (SRT); one that is there from before is made anew in any case.
         skip_missing: go on without drafts that a model fails to give, and without prompts that can't be answered.
         ray: have models that answer in this process answer on the machines of a Ray cluster instead: ``auto``,
             ``HOST:PORT`` or ``local:N``.
@@ -133,14 +134,10 @@ def prepare(
     limit: int | None = None,
     rows: bool = False,
     ray: str | None = None,
-) -> Prepared:
+) -> ToAnswer:
     """Check everything that needs no model. Raises UsageError with every problem, or RecipeError with the recipe's."""
     loaded, asked = load(recipe), load_prompts(Prompts(path=path) for path in prompts)
-    tasks = tuple(
-        Task(prompt, index, seed_of(loaded.seed, prompt.id, index))
-        for prompt in asked.prompts[:limit]
-        for index in range(loaded.samples)
-    )
+    tasks = tasks_of(loaded, asked.prompts[:limit])
     repeated = f"{counted(asked.repeated, 'prompt')} asked before, answered once"
     notes = [*(f"left out: {problem}" for problem in asked.problems), *[repeated] * bool(asked.repeated)]
     problems: list[str] = []
@@ -149,18 +146,24 @@ def prepare(
             notes += filter(None, [check_ray(ray, loaded.models)])
         except UsageError as error:
             problems.append(str(error))
-    prepared = Prepared(loaded, output, tasks, tuple(notes), ray)
-    problems += [f"the model {model.name}: {why}" for model in loaded.models if (why := absent(model))]
+    prepared = ToAnswer(loaded, output, tasks, tuple(notes), ray)
+    problems += absent_models(loaded)
     if output.suffix != ".jsonl":
         problems.append(f"{output}: answers are JSON Lines, in a file that ends in .jsonl")
+    elif taken := {output.resolve(), prepared.rows.resolve(), prepared.steps.resolve()} & {
+        p.resolve() for p in prompts
+    }:
+        problems.append(f"{taken.pop()} is a file of prompts, and would be written to: name another output")
     elif not _is_begun(prepared):
         problems += [
             f"{path} is there already, and no answers that this command began: name another file"
             for path in (output, prepared.rows)
             if path.exists()
         ]
-    if rows and not any(step.step == "fuse" for layer in loaded.layers for step in layer):
-        problems.append("rows to learn from are conversations with drafts and their fusion: the recipe has no 'fuse'")
+    if rows and not any(step.step in TAUGHT for layer in loaded.layers for step in layer):
+        problems.append(
+            f"rows to learn from are what was made of drafts: the recipe has none of {', '.join(map(repr, TAUGHT))}"
+        )
     if not tasks:
         problems += asked.problems or ["the files have no prompt to answer"]
     if problems:
@@ -168,28 +171,39 @@ def prepare(
     return prepared
 
 
-def _is_begun(prepared: Prepared) -> bool:
+def tasks_of(recipe: AnswerRecipe, prompts: Iterable[Prompt]) -> tuple[Task, ...]:
+    """Return what a recipe makes of prompts: its number of answers to each, with a seed of their own."""
+    return tuple(
+        Task(prompt, index, seed_of(recipe.seed, prompt.id, index))
+        for prompt in prompts
+        for index in range(recipe.samples)
+    )
+
+
+def absent_models(recipe: AnswerRecipe) -> list[str]:
+    """Return what is not here that the models of a recipe need."""
+    return [f"the model {model.name}: {why}" for model in recipe.models if (why := absent(model))]
+
+
+def _is_begun(prepared: ToAnswer) -> bool:
     return prepared.steps.exists() or ledger_of(prepared.steps).partial.exists()
 
 
-def carry_out(prepared: Prepared, reports: Reports, *, rows: bool = False, skip_missing: bool = False) -> Answered:
-    """Answer, and write the file. Raises as ``answer``."""
+def ask(prepared: ToAnswer, reports: Reports, *, skip_missing: bool = False) -> Aggregation:
+    """Have the models answer; ``missing`` says what is missing. Raises as ``run``."""
 
     def opened(model: AskedModel) -> AbstractContextManager[Served | Local]:
         return respondent(model, model.model, prepared.log(model))
 
     recipe = prepared.recipe
+    how: dict[str, Any] = {"name": recipe.name, "skip_missing": skip_missing}
     with Crews(prepared.ray) as crews:
-        found = run(
-            recipe,
-            prepared.tasks,
-            prepared.steps,
-            opened,
-            reports,
-            name=recipe.name,
-            skip_missing=skip_missing,
-            crews=crews,
-        )
+        return run(recipe, prepared.tasks, prepared.steps, opened, reports, crews=crews, **how)
+
+
+def carry_out(prepared: ToAnswer, reports: Reports, *, rows: bool = False, skip_missing: bool = False) -> Answered:
+    """Answer, and write the file. Raises as ``answer``."""
+    found = ask(prepared, reports, skip_missing=skip_missing)
     if found.stopped:
         raise RunError(
             listing("Replies are missing; all others are kept", found.missing) + "\nThe same command goes on and asks "
@@ -199,14 +213,26 @@ def carry_out(prepared: Prepared, reports: Reports, *, rows: bool = False, skip_
         raise RunError(listing("No prompt could be answered", found.missing))
     for message in found.missing:
         reports.warn(message)
-    answers = [_answer_row(recipe.name, item) for item in found.answered]
-    write_rows(prepared.output, answers)
-    if cut := sum("cut" in row for row in answers):
-        reports.warn(f"{counted(cut, 'answer')} of {len(answers):,} cut at max_tokens")
-    written = list(_aggregator_rows(found)) if rows else []
-    if rows:
+    write_answers(prepared, found)
+    if cut := cut_in(found):
+        reports.warn(f"{counted(cut, 'answer')} of {len(found.answered):,} cut at max_tokens")
+    stale = not rows and prepared.rows.exists()  # of the answers that were there before
+    written = list(_taught_rows(found)) if rows or stale else []
+    if rows or written:
         write_rows(prepared.rows, written)
+    elif stale:
+        prepared.rows.unlink()
     return Answered(prepared, len(found.answered), len(written), dict(found.asked), tuple(found.missing))
+
+
+def write_answers(prepared: ToAnswer, found: Aggregation) -> None:
+    """Write the file of the answers. Raises RunError where it can't be written."""
+    write_rows(prepared.output, (_answer_row(prepared.recipe.name, item) for item in found.answered))
+
+
+def cut_in(found: Aggregation) -> int:
+    """Return how many answers were cut at max_tokens."""
+    return sum("cut" in _said(item.drafts[0].reply) for item in found.answered)
 
 
 def _answer_row(name: str, item: Item) -> dict[str, Any]:
@@ -223,17 +249,20 @@ def _answer_row(name: str, item: Item) -> dict[str, Any]:
     }
 
 
-def _aggregator_rows(found: Aggregation) -> Iterator[dict[str, Any]]:
-    """Yield the conversations with drafts that the last fusing layer had, each with the fusion that was made of it.
+def _taught_rows(found: Aggregation) -> Iterator[dict[str, Any]]:
+    """Yield the requests about drafts that the last layers of their kinds made, each with the reply to it.
 
-    Such rows train a model to aggregate: Aggregation Fine-Tuning (Li et al. 2025, arXiv 2501.11877).
+    Such rows train a model to aggregate: Aggregation Fine-Tuning (Li et al. 2025, arXiv 2501.11877); or to criticise
+    answers and to refine them, the first stage of SRT (Hu et al. 2024, arXiv 2406.07168).
     """
     for item in found.answered:
-        for number, (messages, reply) in enumerate(item.fusions):
+        said = [(kind, messages, reply) for kind, pairs in item.taught.items() for messages, reply in pairs]
+        for number, (kind, messages, reply) in enumerate(said):
             asked = _asked(item.task.prompt)
             yield {
                 **asked,
                 "id": f"{asked['id']}/{item.task.index}/{number}",
+                "step": kind,
                 "messages": list(messages),
                 **_said(reply),
             }

@@ -15,7 +15,7 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
-from mergekit_lite.answers.aggregating.recipe import Aggregate
+from mergekit_lite.answers.aggregating.recipe import Aggregate, Kind
 from mergekit_lite.answers.aggregating.steps import Call, Drafts
 from mergekit_lite.answers.asked_model import AskedModel
 from mergekit_lite.answers.asking import Task
@@ -33,7 +33,7 @@ class Item:
     drafts: Drafts = ()  # of the layer before
     lost: str = ""  # why there will be no answer
     used: list[str] = field(default_factory=list)  # the calls' keys, in their order
-    fusions: list[tuple[tuple[Message, ...], Reply]] = field(default_factory=list)  # of the layer in work
+    taught: dict[Kind, list[tuple[tuple[Message, ...], Reply]]] = field(default_factory=dict)  # requests and replies
     _numbers: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def task_of(self, call: Call) -> Task:

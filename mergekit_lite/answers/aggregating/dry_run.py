@@ -1,20 +1,21 @@
 """What an aggregate would ask, without asking: calls and tokens of each model.
 
 Every answer is walked through with the replies that are there; where one is missing, with a text as long as it may
-become. So the numbers are the most there can be, but for judgements that can't be read and are asked for again.
+become. So the numbers are the most there can be, but for what is asked for again: judgements that can't be read, and
+replies that say nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_lite.answers.aggregating.calls import Item, digests
 from mergekit_lite.answers.aggregating.recipe import Aggregate
-from mergekit_lite.answers.aggregating.running import ledger_of, reply_of
-from mergekit_lite.answers.aggregating.steps import Call, Conversation, Lost, layer, said_in
+from mergekit_lite.answers.aggregating.running import is_mute, ledger_of, reply_of, says_otherwise
+from mergekit_lite.answers.aggregating.steps import TRIES, Call, Conversation, Lost, layer, said_in
 from mergekit_lite.answers.asked_model import AskedModel
 from mergekit_lite.answers.asking import Task
 from mergekit_lite.answers.ledger import Ledger
@@ -67,24 +68,41 @@ def _walk(aggregate: Aggregate, item: Item, ledger: Ledger[str], counts: Mapping
         try:
             calls = next(running)
             while True:
-                calls = running.send([_reply(item, call, by_name[call.model], ledger, counts) for call in calls])
+                calls = running.send(_replies(item, calls, by_name, ledger, counts))
         except StopIteration as done:
             item.drafts = done.value
         except Lost:
             return
 
 
-def _reply(
-    item: Item, call: Call, model: AskedModel, ledger: Ledger[str], counts: Mapping[str, _Count]
-) -> Reply | None:
-    """Count a call, and return its reply or what stands in for it; None for one that has no text."""
-    count, key = counts[call.model], item.task_of(call).prompt.id
+def _replies(
+    item: Item,
+    calls: Sequence[Call],
+    models: Mapping[str, AskedModel],
+    ledger: Ledger[str],
+    counts: Mapping[str, _Count],
+) -> list[Reply | None]:
+    """Return the replies to calls, or what stands in for them; None for one that says nothing, however often."""
+
+    def reply(call: Call) -> Reply:
+        return _reply(item, call, models[call.model], ledger, counts[call.model])
+
+    replies = [reply(call) for call in calls]
+    for _ in range(TRIES - 1):
+        for place, call in enumerate(calls):
+            if is_mute(replies[place]) and says_otherwise(models[call.model]):
+                replies[place] = reply(call)
+    return [each if said_in(each).strip() else None for each in replies]
+
+
+def _reply(item: Item, call: Call, model: AskedModel, ledger: Ledger[str], count: _Count) -> Reply:
+    """Count a call, and return its reply or what stands in for it."""
+    key = item.task_of(call).prompt.id
     count.calls += 1
     if key in ledger:
         count.done += 1
         (row,) = ledger.rows([key])
-        reply = reply_of(row)
-        return reply if said_in(reply).strip() else None
+        return reply_of(row)
     read = count.before + sum(len(message["content"]) for message in call.messages)
     count.reads += -(-read // CHARACTERS)
     count.writes += model.sampling.max_tokens

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 NUMBERED = r"(?:\[\s*\d+\s*\]|\d+)"
-SEVERAL = rf"{NUMBERED}(?:\s*>\s*{NUMBERED})+"
+TIE = rf"\s*[=≈~]\s*{NUMBERED}"  # a ranking is read up to it: who comes next isn't said
+SEVERAL = rf"{NUMBERED}(?:\s*>\s*{NUMBERED})+(?!\d|{TIE})"
 ONE = rf":\W*?{NUMBERED}(?=[ \t.*_]*$)"  # alone on its line: neither "ranking 3 responses" nor "Ranking:\n1. [2]"
 RANKING = re.compile(rf"\branking\W*?({SEVERAL}|{ONE})", re.IGNORECASE | re.MULTILINE)
-VERDICT = re.compile(r"\bverdict[^\w.]*(correct|incorrect)\b", re.IGNORECASE)  # in one sentence
+EITHER = r"\s*(?:/|\||,?\s*or\b)"  # behind a verdict: the form is repeated, and nothing said
+VERDICT = re.compile(rf"(?<!\bor\s)\bverdict[^\w.]*(correct|incorrect)\b(?!{EITHER})", re.IGNORECASE)  # in one sentence
 
 
 def ranking_in(reply: str, drafts: int, least: int) -> list[int] | None:
@@ -27,24 +30,29 @@ def ranking_in(reply: str, drafts: int, least: int) -> list[int] | None:
 def critiques_in(reply: str, drafts: int) -> list[str] | None:
     """Return the critique of each draft: what follows the line ``[1]``, up to ``[2]``, and so on.
 
-    A number at the start of a line is a heading only where it is the next one: critiques name other drafts, too. So
-    numbers alone on their lines come first.
+    Numbers alone on their lines are headings: each once and in order, or nobody knows which one begins a critique.
+    Where they don't name all drafts, a number at the start of a line is a heading if it is the next one: critiques name
+    other drafts, too.
     """
-    return _critiques(reply, drafts, r"[*_:]*\s*$") or _critiques(reply, drafts, "[*_:]*")
-
-
-def _critiques(reply: str, drafts: int, end: str) -> list[str] | None:
-    """Return the critiques under headings whose numbers have such an end behind them."""
-    critiques: list[str] = []
-    rest = reply
+    alone = list(re.finditer(r"^\W*\[(\d+)\][*_:]*\s*$", reply, re.MULTILINE))
+    numbers = [int(heading[1]) for heading in alone]
+    if numbers == list(range(1, drafts + 1)):
+        return _critiques(reply, [(heading.start(), heading.end()) for heading in alone])
+    if {*range(1, drafts + 1)} <= {*numbers}:
+        return None
+    places: list[tuple[int, int]] = []
     for number in range(1, drafts + 1):
-        heading = re.search(rf"^\W*\[{number}\]{end}", rest, re.MULTILINE)
+        heading = re.compile(rf"^\W*\[{number}\][*_:]*", re.MULTILINE).search(reply, places[-1][1] if places else 0)
         if heading is None:
             return None
-        if number > 1:
-            critiques.append(rest[: heading.start()].strip())
-        rest = rest[heading.end() :]
-    critiques.append(rest.strip())
+        places.append((heading.start(), heading.end()))
+    return _critiques(reply, places)
+
+
+def _critiques(reply: str, headings: Sequence[tuple[int, int]]) -> list[str] | None:
+    """Return the texts behind headings, each with its start and end; None where one is empty."""
+    ends = [*(start for start, _ in headings[1:]), len(reply)]
+    critiques = [reply[begin:end].strip() for (_, begin), end in zip(headings, ends, strict=True)]
     return critiques if all(critiques) else None
 
 

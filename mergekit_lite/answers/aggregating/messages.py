@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.tags import end_of_tags
 
 FUSE = (
     "You have been provided with a set of responses from various open-source models to the latest user query. Your "
@@ -92,6 +93,14 @@ def _with_critique(draft: Draft) -> str:
     return f"{draft.text}\n\nCritique:\n{draft.critique}" if draft.critique else draft.text
 
 
+class Shown(NamedTuple):
+    """A text between tags."""
+
+    tag: str
+    text: str
+    number: int | None = None
+
+
 def to_rank(messages: Sequence[Message], drafts: Sequence[Draft], prompt: str | None = None) -> tuple[Message, ...]:
     """Return the request to rank drafts."""
     form = RANK_FORM.format(example=" > ".join(f"[{number}]" for number in range(len(drafts), 0, -1)))
@@ -105,7 +114,7 @@ def to_criticise(
     shown = _numbered([draft._replace(critique="") for draft in drafts])
     words = [prompt or CRITIQUE]
     if reference is not None:
-        shown = f"{_tagged('reference', reference)}\n\n{shown}"
+        shown = [Shown("reference", reference), *shown]
         words = [prompt or f"{CRITIQUE} {REFERENCE}"]
     words += [JUDGED, CRITIQUE_FORM.format(last=len(drafts))]
     return _request(messages, shown, " ".join(words))
@@ -113,32 +122,40 @@ def to_criticise(
 
 def to_refine(messages: Sequence[Message], draft: Draft, prompt: str | None = None) -> tuple[Message, ...]:
     """Return the request to write a draft anew, in view of its critique where it has one."""
-    critique = [_tagged("critique", draft.critique)] if draft.critique else []
-    shown = "\n\n".join([_tagged("response", draft.text), *critique])
+    shown = [Shown("response", draft.text), *[Shown("critique", draft.critique)] * bool(draft.critique)]
     return _request(messages, shown, f"{prompt or REFINE} {JUDGED} {REFINE_FORM}")
 
 
 def to_check(messages: Sequence[Message], draft: Draft, prompt: str | None = None) -> tuple[Message, ...]:
     """Return the request to check one draft in writing."""
-    return _request(messages, _tagged("response", draft.text), f"{prompt or VERIFY} {JUDGED}")
+    return _request(messages, [Shown("response", draft.text)], f"{prompt or VERIFY} {JUDGED}")
 
 
 def to_judge(messages: Sequence[Message], draft: Draft, check: str) -> tuple[Message, ...]:
     """Return the request for a verdict on a draft, of which there is a check."""
-    shown = f"{_tagged('response', draft.text)}\n\n{_tagged('check', check)}"
+    shown = [Shown("response", draft.text), Shown("check", check)]
     return _request(messages, shown, f"{VERDICT} {JUDGED} {VERDICT_FORM}")
 
 
-def _request(messages: Sequence[Message], shown: str, words: str) -> tuple[Message, ...]:
+def _request(messages: Sequence[Message], shown: Sequence[Shown], words: str) -> tuple[Message, ...]:
     turns = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return (Message(role="user", content=f"{_tagged('conversation', turns)}\n\n{shown}\n\n{words}"),)
+    between = _between_tags([Shown("conversation", turns), *shown])
+    return (Message(role="user", content=f"{between}\n\n{words}"),)
 
 
-def _numbered(drafts: Sequence[Draft]) -> str:
-    return "\n\n".join(
-        f'<response number="{number}">\n{_with_critique(draft)}\n</response>' for number, draft in enumerate(drafts, 1)
-    )
+def _numbered(drafts: Sequence[Draft]) -> list[Shown]:
+    return [Shown("response", _with_critique(draft), number) for number, draft in enumerate(drafts, 1)]
 
 
-def _tagged(tag: str, text: str) -> str:
-    return f"<{tag}>\n{text}\n</{tag}>"
+def _between_tags(shown: Sequence[Shown]) -> str:
+    """Return texts between tags. Where a text has such a tag itself, all tags get a number that none of them has.
+
+    So no text can end before its end, or look like another one.
+    """
+    end = end_of_tags({each.tag for each in shown}, [each.text for each in shown])
+    return "\n\n".join(_tagged(each, end) for each in shown)
+
+
+def _tagged(shown: Shown, end: str) -> str:
+    number = "" if shown.number is None else f' number="{shown.number}"'
+    return f"<{shown.tag}{end}{number}>\n{shown.text}\n</{shown.tag}{end}>"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from mergekit_lite.answers.aggregating.calls import Item, digests
-from mergekit_lite.answers.aggregating.recipe import Aggregate, Step
-from mergekit_lite.answers.aggregating.steps import Asking, Call, Conversation, Drafts, Lost, layer, said_in
+from mergekit_lite.answers.aggregating.recipe import Aggregate, Kind, Step
+from mergekit_lite.answers.aggregating.steps import TRIES, Asking, Call, Conversation, Drafts, Lost, layer, said_in
 from mergekit_lite.answers.asked_model import AskedModel
 from mergekit_lite.answers.asking import Notes, Task, reasons, repeated
 from mergekit_lite.answers.ledger import Ledger
@@ -28,7 +28,10 @@ from mergekit_lite.answers.spreading import Crews
 from mergekit_lite.errors import counted
 
 REPLY: Fields = {"call": str, "text": str, "finish": str}
-SAID_NOTHING = "a reply that is blank, or thoughts alone: raise max_tokens"
+# Kinds of steps whose requests and replies, of their last layer, can teach a model: whether only the last reply counts,
+# as those before it could not be read.
+TAUGHT: Mapping[Kind, bool] = {"fuse": False, "critique": True, "refine": False}
+SAID_NOTHING = "a reply that is blank, or thoughts alone: raise max_tokens, or take another seed"
 Opened: TypeAlias = Callable[[AskedModel], AbstractContextManager[Served | Local]]
 
 
@@ -72,6 +75,10 @@ class Asked:
     def key(self) -> str:
         """The call's key in the ledger."""
         return self.task.prompt.id
+
+    def again(self) -> Asked:
+        """Return the call made again, by another seed."""
+        return Asked(self.item, self.call, self.item.task_of(self.call))
 
 
 def run(
@@ -146,12 +153,12 @@ class _Running:
         live = [item for item in self.found.items if not item.lost]
         systems = self.aggregate.systems
         running = {item: layer(steps, _conversation(item, systems), item.drafts) for item in live}
-        if any(step.step == "fuse" for step in steps):
+        for kind in {step.step for step in steps} & TAUGHT.keys():
             for item in live:
-                item.fusions = []
+                item.taught[kind] = []
         sent: Mapping[Item, list[Reply | None] | None] = dict.fromkeys(live)
         while asked := [each for item, replies in sent.items() for each in _next(item, running[item], replies)]:
-            replies, lacks = self._replies(asked)
+            asked, replies, lacks = self._replies(asked)
             if lacks:
                 self.found.missing += lacks
                 if not self.skip_missing:
@@ -160,8 +167,9 @@ class _Running:
             for each in asked:
                 reply = replies.get(each.key)
                 came.setdefault(each.item, []).append(reply)
-                if each.call.step == "fuse" and reply is not None:
-                    each.item.fusions.append((each.call.messages, reply))
+                if each.call.step in TAUGHT and reply is not None:
+                    again = [] if TAUGHT[each.call.step] else each.item.taught[each.call.step]
+                    each.item.taught[each.call.step] = [*again, (each.call.messages, reply)]
             sent = came
         doubted = sum(any(draft.doubted for draft in item.drafts) for item in live)
         if doubted and any(step.step == "verify" for step in steps):  # later layers hand such drafts on
@@ -175,21 +183,44 @@ class _Running:
             )
         return self.skip_missing or not lost
 
-    def _replies(self, asked: Sequence[Asked]) -> tuple[dict[str, Reply], list[str]]:
-        """Return the replies to calls by their keys, and a message for each model that some are missing of."""
-        calls: dict[str, list[Asked]] = {}
-        for each in asked:
-            calls.setdefault(each.call.model, []).append(each)
+    def _replies(self, asked: list[Asked]) -> tuple[list[Asked], dict[str, Reply], list[str]]:
+        """Return calls as they were made in the end, replies by key, and a message for each model that lacks any.
+
+        A call to which a model said nothing is made again, by another seed.
+        """
+        lost: dict[str, dict[str, str]] = {name: {} for name in self.aggregate.by_name}
+        self._fetch(asked, lost)
+        for _ in range(TRIES - 1):
+            mute = self._mute(asked)
+            if not mute:
+                break
+            before = {each.key for each in asked}
+            asked = [each.again() if each.key in mute else each for each in asked]
+            self._fetch([each for each in asked if each.key not in before], lost)
+        replies = {row["call"]: reply_of(row) for row in self.ledger.rows([each.key for each in asked])}
+        said = {key: reply for key, reply in replies.items() if said_in(reply).strip()}
+        calls = _by_model(asked)
+        return (
+            asked,
+            said,
+            [message for name, of in calls.items() for message in self._lacking(name, of, replies, said, lost)],
+        )
+
+    def _mute(self, asked: Sequence[Asked]) -> frozenset[str]:
+        """Return the keys of calls that are worth making again."""
+        drawn = {name for name, model in self.aggregate.by_name.items() if says_otherwise(model)}
+        rows = self.ledger.rows([each.key for each in asked if each.call.model in drawn])
+        return frozenset(row["call"] for row in rows if is_mute(reply_of(row)))
+
+    def _fetch(self, asked: Sequence[Asked], lost: dict[str, dict[str, str]]) -> None:
+        """Ask for the replies to calls that are not there; ``lost`` gets why some don't come, by model and key."""
+        calls = _by_model(asked)
         wanted = {name: [each for each in of if each.key not in self.ledger] for name, of in calls.items()}
-        lost: dict[str, dict[str, str]] = {name: {} for name in calls}
         models = [model for model in self.aggregate.models if wanted.get(model.name)]
         behind_servers = [model for model in models if model.server is not None]
         for group in (behind_servers, *([model] for model in models if model.server is None)):
             if group:
                 self._ask({model.name: model for model in group}, calls, wanted, lost)
-        replies = {row["call"]: reply_of(row) for row in self.ledger.rows([each.key for each in asked])}
-        said = {key: reply for key, reply in replies.items() if said_in(reply).strip()}
-        return said, [message for name, of in calls.items() for message in self._lacking(name, of, replies, said, lost)]
 
     def _ask(
         self,
@@ -263,6 +294,13 @@ def _conversation(item: Item, systems: Mapping[str, str | None]) -> Conversation
     return Conversation(item.task.prompt.messages, systems, item.task.prompt.reference)
 
 
+def _by_model(asked: Sequence[Asked]) -> dict[str, list[Asked]]:
+    calls: dict[str, list[Asked]] = {}
+    for each in asked:
+        calls.setdefault(each.call.model, []).append(each)
+    return calls
+
+
 def _next(item: Item, running: Asking[Drafts], replies: list[Reply | None] | None) -> list[Asked]:
     """Return the calls that an item makes next; none where the layer is done with it."""
     try:
@@ -291,3 +329,13 @@ def _row(asked: Asked, answer: Answer) -> dict[str, Any]:
 def reply_of(row: Mapping[str, Any]) -> Reply:
     """Return the reply that a row of the ledger has."""
     return Reply(row["text"], row["finish"], row.get("tokens"), row.get("thoughts"))
+
+
+def is_mute(reply: Reply) -> bool:
+    """Return whether a model ended a reply without having said anything. What a limit cut would end alike again."""
+    return reply.finish == "stop" and not said_in(reply).strip()
+
+
+def says_otherwise(model: AskedModel) -> bool:
+    """Return whether another seed may give another reply."""
+    return model.sampling.temperature > 0

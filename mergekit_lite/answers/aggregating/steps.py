@@ -26,7 +26,7 @@ from mergekit_lite.answers.rows import Message, with_system
 from mergekit_lite.answers.thoughts import parts_of
 from mergekit_lite.errors import shortened
 
-TRIES = 3  # of a judgement that can't be read
+TRIES = 3  # of a judgement that can't be read, and of a reply that says nothing
 T = TypeVar("T")
 Drafts = tuple[Draft, ...]
 

@@ -47,7 +47,9 @@ def _check(settings: ScorerSettings) -> Iterator[Wrong]:
         yield Wrong(("model",), f"{settings.model!r}: a function is given as module:function")
 
 
-@scorer("function", needs={"model": "MODULE:NAME"}, takes=("minimise",), sees_form=True, check=_check)
+@scorer(
+    "function", needs={"model": "MODULE:NAME"}, takes=("minimise",), sees_form=True, opponent_as="column", check=_check
+)
 class Function(Scorer):
     """The numbers that the function returns. Where it raises for some answers only, these have its message instead."""
 

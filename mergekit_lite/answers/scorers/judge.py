@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from statistics import fmean
 
 from pydantic import field_validator, model_validator
 
@@ -19,14 +18,17 @@ from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.rows import seed_of
 from mergekit_lite.answers.scoring.judging import (
     JudgeOptions,
+    ServedJudge,
     conversation,
+    mean_of,
     nothing_in,
     replies_of,
     said_in,
     with_fields,
 )
-from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerSettings, scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, scorer
 from mergekit_lite.answers.server import Question
+from mergekit_lite.answers.tags import filled
 from mergekit_lite.errors import shortened
 
 FIELDS = ("conversation", "answer", "reference", "lowest", "highest")
@@ -67,13 +69,10 @@ class GradeOptions(JudgeOptions):
         return self
 
 
-class Grader(Scorer):
+class Grader(ServedJudge):
     """A judge that gives grades."""
 
-    def __init__(self, settings: ScorerSettings, options: GradeOptions):
-        self.name = settings.name
-        self.settings = settings
-        self.options = options
+    options: GradeOptions
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
         """Return a score for each answer, in order.
@@ -90,7 +89,7 @@ class Grader(Scorer):
             for reply in replies_of(self.settings, self.options, questions)
         ]
         times = self.options.times
-        return [_mean(grades[start : start + times]) for start in range(0, len(grades), times)]
+        return [mean_of(grades[start : start + times]) for start in range(0, len(grades), times)]
 
     def _times(self) -> list[tuple[int, ...]]:
         """Return what tells the seeds apart by which an answer is judged again and again."""
@@ -116,24 +115,17 @@ class Options(GradeOptions):
 class Judge(Grader):
     """The judge's grade; no score, with the reason, where the judge gives none."""
 
-    def __init__(self, settings: ScorerSettings, options: Options):
-        super().__init__(settings, options)
-        self._words = options.prompt
+    options: Options
 
     def _text(self, judged: Judged) -> str:
-        return self._words.format(
+        return filled(
+            self.options.prompt,
             conversation=conversation(judged.prompt),
             answer=judged.answer,
             reference=judged.prompt.reference or "",
             lowest=f"{self.options.lowest:g}",
             highest=f"{self.options.highest:g}",
         )
-
-
-def _mean(grades: Sequence[Score]) -> Score:
-    """Return the mean of the grades there are; without any, the first reason why."""
-    values = [grade.value for grade in grades if grade.value is not None]
-    return Score(fmean(values)) if values else grades[0]
 
 
 def grade_in(reply: Reply, options: GradeOptions) -> Score:

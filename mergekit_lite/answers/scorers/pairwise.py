@@ -1,4 +1,4 @@
-"""A language model as judge between two answers: the answer, and the prompt's ``reference``, the opponent's answer.
+"""A language model as judge between two answers: the answer, and the prompt's ``reference``, or each of its rivals.
 
 The judge sees both, and is asked to end with ``Better: A``, ``Better: B`` or ``Better: tie``. Judges favour a place, so
 each pair is shown in both orders, and only who is better in both has won; all else is a tie (Zheng et al., "Judging
@@ -6,7 +6,8 @@ LLM-as-a-judge with MT-Bench and Chatbot Arena", 2023, arXiv 2306.05685, section
 won, 0 where the opponent's did, ½ for a tie; so a mean is a win rate in which ties count half.
 
 Answers of the model to beat, as ``reference`` of the prompts, make it AlpacaEval's kind of win rate. Two models that
-are judged against the same opponent are compared with each other by the difference.
+are judged against the same opponent are compared with each other by the difference; ``against: rivals`` compares the
+answers themselves, head to head.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.rows import seed_of
 from mergekit_lite.answers.scoring.judging import (
     JudgeOptions,
+    ServedJudge,
     conversation,
+    mean_of,
     nothing_in,
     replies_of,
     said_in,
     with_fields,
 )
-from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer, ScorerSettings, scorer
+from mergekit_lite.answers.scoring.rivals import Against, opponents
+from mergekit_lite.answers.scoring.scorer import Judged, Score, scorer
 from mergekit_lite.answers.server import Question
+from mergekit_lite.answers.tags import filled
 
 FIELDS = ("conversation", "answer_a", "answer_b")
 PROMPT = """\
@@ -52,12 +57,14 @@ is A, B or tie:
 Better: X"""
 VERDICT = re.compile(r"\bbetter[^\w:]*:[^\w\n]*(?:answer\s+)?(a|b|tie)\b(?!\s*(?:/|\bor\b))", re.IGNORECASE)
 ALONE = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
+TIE = Score(0.5)
 
 
 class Options(JudgeOptions):
     """``prompt`` may use the fields {conversation}, {answer_a} and {answer_b}."""
 
     prompt: str = PROMPT
+    against: Against = "reference"
 
     @field_validator("prompt")
     @classmethod
@@ -65,50 +72,61 @@ class Options(JudgeOptions):
         return with_fields(prompt, FIELDS, {"answer_a": "the first answer", "answer_b": "the second answer"})
 
 
-@scorer("pairwise", needs={"model": "MODEL", "server": "URL"}, takes=("api_key_variable", "concurrency"))
-class Pairwise(Scorer):
-    """1, ½ or 0 for won, tied or lost; no score, with the reason, where the judge says nothing in one of the orders."""
+@scorer(
+    "pairwise",
+    needs={"model": "MODEL", "server": "URL"},
+    takes=("api_key_variable", "concurrency"),
+    opponent_as="reference",
+)
+class Pairwise(ServedJudge):
+    """1, ½ or 0 for won, tied or lost; no score, with the reason, where the judge says nothing in one of the orders.
 
-    def __init__(self, settings: ScorerSettings, options: Options):
-        self.name = settings.name
-        self.settings = settings
-        self.options = options
+    Against several rivals it is the mean.
+    """
+
+    options: Options
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """Return a score for each answer, in order. An answer that is the opponent's own is a tie, and isn't asked.
+        """Return a score for each answer, in order. Equal texts are a tie, and aren't asked; nothing is asked twice.
 
         Raises:
             RunError: the server refuses, or has stopped answering.
         """
-        scores = [_unasked(each) for each in judged]
-        asked = [place for place, score in enumerate(scores) if score is None]
-        texts = [text for place in asked for text in self._both_orders(judged[place])]
+        contests = [self._contest(each) for each in judged]
+        both = [each for contest in contests if not isinstance(contest, Score) for each in contest if each is not None]
+        texts = list(dict.fromkeys(text for each in both for text in each))
         questions = [
             Question(number, self.options.turns(text), seed_of("pairwise", text)) for number, text in enumerate(texts)
         ]
         replies = replies_of(self.settings, self.options, questions)
-        for number, place in enumerate(asked):
-            first, second = (self._verdict(reply) for reply in replies[2 * number : 2 * number + 2])
-            scores[place] = of_both_orders(first, second)
-        return [score for score in scores if score is not None]
+        verdicts = {text: self._verdict(reply) for text, reply in zip(texts, replies, strict=True)}
 
-    def _both_orders(self, judged: Judged) -> tuple[str, str]:
+        def result(asked: tuple[str, str] | None) -> Score:
+            return TIE if asked is None else of_both_orders(*(verdicts[text] for text in asked))
+
+        return [
+            contest if isinstance(contest, Score) else mean_of([result(asked) for asked in contest])
+            for contest in contests
+        ]
+
+    def _contest(self, judged: Judged) -> list[tuple[str, str] | None] | Score:
+        """Return what is asked for each opponent, None where its answer is the same; or why nothing is."""
+        others = opponents(judged, self.options.against)
+        if isinstance(others, Score):
+            return others
+        ours = judged.answer.strip()
+        return [None if other.strip() == ours else self._both_orders(judged, other) for other in others]
+
+    def _both_orders(self, judged: Judged, theirs: str) -> tuple[str, str]:
         """Return what is asked with the answer as A, and with it as B."""
-        asked = conversation(judged.prompt)
-        ours, theirs = judged.answer, judged.prompt.reference
+        asked, ours = conversation(judged.prompt), judged.answer
         return (
-            self.options.prompt.format(conversation=asked, answer_a=ours, answer_b=theirs),
-            self.options.prompt.format(conversation=asked, answer_a=theirs, answer_b=ours),
+            filled(self.options.prompt, conversation=asked, answer_a=ours, answer_b=theirs),
+            filled(self.options.prompt, conversation=asked, answer_a=theirs, answer_b=ours),
         )
 
     def _verdict(self, reply: Reply | str) -> Score:
         return Score(None, reply) if isinstance(reply, str) else verdict_in(reply, self.options)
-
-
-def _unasked(judged: Judged) -> Score | None:
-    if judged.prompt.reference is None:
-        return Score(None, "the prompt has no reference, which is the answer to beat")
-    return Score(0.5) if judged.answer.strip() == judged.prompt.reference.strip() else None
 
 
 def verdict_in(reply: Reply, options: Options) -> Score:

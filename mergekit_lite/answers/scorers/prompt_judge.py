@@ -15,6 +15,7 @@ from pydantic import field_validator
 from mergekit_lite.answers.scorers.judge import GradeOptions, Grader
 from mergekit_lite.answers.scoring.judging import conversation, with_fields
 from mergekit_lite.answers.scoring.scorer import Judged, Score, ScorerSettings, scorer
+from mergekit_lite.answers.tags import filled
 
 FIELDS = ("conversation", "lowest", "highest")
 PROMPT = """\
@@ -85,6 +86,9 @@ class PromptJudge(Grader):
 
     def _text(self, judged: Judged) -> str:
         options = self.options
-        return self._words.format(
-            conversation=conversation(judged.prompt), lowest=f"{options.lowest:g}", highest=f"{options.highest:g}"
+        return filled(
+            self._words,
+            conversation=conversation(judged.prompt),
+            lowest=f"{options.lowest:g}",
+            highest=f"{options.highest:g}",
         )

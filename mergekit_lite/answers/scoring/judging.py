@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
 from string import Formatter
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from mergekit_lite.answers.asking import Sampling, urls_of
 from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import Message, Prompt
-from mergekit_lite.answers.scoring.scorer import Positive, ScorerOptions, ScorerSettings
+from mergekit_lite.answers.scoring.scorer import Positive, Score, Scorer, ScorerOptions, ScorerSettings
 from mergekit_lite.answers.server import Question, Server, ask
 from mergekit_lite.errors import RunError, shortened
 
@@ -34,6 +35,16 @@ class JudgeOptions(ScorerOptions):
         """Return the conversation that asks for a judgement."""
         before = [] if self.system is None else [Message(role="system", content=self.system)]
         return [*before, Message(role="user", content=text)]
+
+
+class ServedJudge(Scorer):
+    """A judge behind a server. Nothing is asked before ``score``."""
+
+    settings: ScorerSettings
+    options: JudgeOptions
+
+    def __init__(self, settings: ScorerSettings, options: JudgeOptions):
+        self.name, self.settings, self.options = settings.name, settings, options
 
 
 def with_fields(prompt: str, fields: Collection[str], needed: Mapping[str, str]) -> str:
@@ -96,6 +107,12 @@ def replies_of(settings: ScorerSettings, options: JudgeOptions, questions: Seque
         else f"the judge didn't answer: {server.failures.lost.get(place, 'no reply')}"
         for place in range(len(questions))
     ]
+
+
+def mean_of(scores: Sequence[Score]) -> Score:
+    """Return the mean of the scores there are; without any, the first one, which says why."""
+    values = [score.value for score in scores if score.value is not None]
+    return Score(fmean(values)) if values else scores[0]
 
 
 def said_in(reply: Reply) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 
 from pydantic import ValidationError
 
 from mergekit_lite.answers import scorers
+from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.scoring.scorer import SCORERS, Judged, Score, Scorer, ScorerKind, ScorerSettings, Wrong
 from mergekit_lite.errors import UsageError, listing, nearest
 
@@ -61,6 +63,29 @@ class Minimised(Scorer):
         self.scorer.close()
 
 
+class Facing(Scorer):
+    """A scorer to which a prompt's reference is the answer to beat: where there is an opponent, that one's."""
+
+    def __init__(self, scorer: Scorer):
+        self.name, self.scorer = scorer.name, scorer
+
+    def score(self, judged: Sequence[Judged]) -> list[Score]:
+        """Return the scores, in order."""
+        return self.scorer.score([each._replace(prompt=_facing(each.prompt)) for each in judged])
+
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer."""
+        return self.score([judged])[0]
+
+    def close(self) -> None:
+        """Free what the scorer holds."""
+        self.scorer.close()
+
+
+def _facing(prompt: Prompt) -> Prompt:
+    return prompt if prompt.opponent is None else replace(prompt, reference=prompt.opponent)
+
+
 @contextmanager
 def open_scorer(settings: ScorerSettings) -> Iterator[Scorer]:
     """Open the scorer that the settings describe, and close it with the context.
@@ -75,6 +100,8 @@ def open_scorer(settings: ScorerSettings) -> Iterator[Scorer]:
         raise UsageError(listing(f"The settings of the scorer {settings.name!r} are wrong", problems))
     kind = kind_of(settings.kind)
     scorer = kind.make(settings, kind.options.model_validate(settings.options))
+    if kind.opponent_as == "reference":
+        scorer = Facing(scorer)
     try:
         yield Minimised(scorer) if settings.minimise else scorer
     finally:

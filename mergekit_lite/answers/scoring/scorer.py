@@ -5,16 +5,18 @@
         def __init__(self, settings: ScorerSettings, options: Options): ...
         def score_one(self, judged: Judged) -> Score: ...
 
-The options, their bounds and defaults follow from the annotation of ``options``.
+The options, their bounds and defaults follow from the annotation of ``options``; where a constructor is shared, from
+that of the class's attribute of this name.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -26,10 +28,11 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Judged(NamedTuple):
-    """One answer to judge, and the prompt it answers."""
+    """One answer to judge, the prompt it answers, and what else was answered, for scorers that compare with that."""
 
     prompt: Prompt
     answer: str
+    rivals: tuple[str, ...] = ()
 
 
 class Score(NamedTuple):
@@ -85,7 +88,7 @@ class ScorerSettings(BaseModel):
 class Scorer(Protocol):
     """Judges answers: higher is better, once it is opened by ``open_scorer``.
 
-    A score depends on its prompt and answer alone, not on what else is judged with them.
+    A score depends on its prompt, its answer and that one's rivals alone, not on what else is judged with them.
     """
 
     name: str
@@ -120,12 +123,14 @@ class ScorerKind:
     judges: bool = True  # False: it says nothing of a new answer: scores come with the data, or are of the prompt
     sees_form: bool = False  # whether it gets prompts as the data have them, a text or messages
     read_together: bool = False  # whether the answers of one batch change each other's scores in the last bits
+    opponent_as: Literal["reference", "column"] | None = None  # how it sees the answer that others are compared with
     check: Callable[[ScorerSettings], Iterable[Wrong]] = lambda settings: ()  # yields more mistakes, opening nothing
 
     @property
     def options(self) -> type[ScorerOptions]:
-        """The class of its options."""
-        options: type[ScorerOptions] = get_type_hints(self.make.__init__)["options"]
+        """The class of its options, as the class says, or else its constructor."""
+        says = self.make if "options" in inspect.get_annotations(self.make) else self.make.__init__
+        options: type[ScorerOptions] = get_type_hints(says)["options"]
         return options
 
     def at_once(self, settings: ScorerSettings) -> int:

@@ -8,6 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypedDict
 
+Rivals = Mapping[str, str]  # answers of the baseline, by item
+NONE: Rivals = {}
 Params = Mapping[str, float]  # of a candidate: {"alpha": 0.3}, or several numbers of a recipe by their names
 
 
@@ -29,8 +31,10 @@ class Evaluator(Protocol):
 
     items: Sequence[str]
 
-    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
-        """Yield the rows of the ``wanted`` items, in any order, as they are ready.
+    def measure(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
+        """Yield the rows of the ``wanted`` items, in any order, as they are ready; ``rivals`` as of ``Job``.
 
         ``items`` are all of them, in one order for the whole search: what works in batches cuts them from these,
         so that a row doesn't depend on what else is wanted. Calls for one candidate come one after the other.
@@ -48,6 +52,7 @@ class Job(NamedTuple):
 
     params: Params  # of a candidate
     wanted: frozenset[str]  # items, of one portion
+    rivals: Rivals = NONE  # the baseline's answers to these items, where a score compares with them
 
 
 class Piece(NamedTuple):
@@ -110,7 +115,7 @@ class Alone:
 def pieces(evaluator: Evaluator, items: Sequence[str], job: Job) -> Iterator[Piece]:
     """Do a job and yield its rows one by one, then an end."""
     started, first = time.monotonic(), True
-    with closing(evaluator.measure(job.params, items, job.wanted)) as rows:  # type: ignore[type-var]
+    with closing(evaluator.measure(job.params, items, job.wanted, job.rivals)) as rows:  # type: ignore[type-var]
         for row in rows:
             yield Piece([row], evaluator.facts(job.params) if first else None)
             first = False

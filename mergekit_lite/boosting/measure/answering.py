@@ -19,7 +19,7 @@ from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
 from mergekit_lite.answers.scoring.scorer import Judged, Scorer
 from mergekit_lite.answers.template import Tokens
 from mergekit_lite.answers.thoughts import parts_of
-from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
+from mergekit_lite.boosting.candidates.candidate import NONE, ItemRow, Params, Rivals
 from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import LOG_RATIO
@@ -95,6 +95,7 @@ class Answering:
     likelihoods: Likelihoods | None = None  # of the answers; None where no model is in this process
     chunk: int = ANSWERS_AT_ONCE  # answers that are scored at once, no fewer than are generated at once
     at_once: int | None = None  # answers that one worker is asked for at once; None for all
+    baseline: Params | None = None  # whose answers a score compares with; None where none does
 
     @property
     def items(self) -> list[str]:
@@ -121,7 +122,9 @@ class Answering:
         ]
         return {task.prompt.id if self.samples == 1 else f"{task.prompt.id}#{task.index}": task for task in tasks}
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
+    def rows(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
         """Yield the rows of the wanted items; a row without an answer has no scores.
 
         Raises:
@@ -135,7 +138,7 @@ class Answering:
         sampled = frozenset(items[: self.likelihoods.sample]) if self.likelihoods is not None else frozenset()
         with closing(respondent.answers(tasks, keys)) as answers:  # type: ignore[type-var]  # a generator: see it end
             while chunk := list(islice(answers, self.chunk)):
-                for row in self._rows(params, chunk, item_of, sampled):
+                for row in self._rows(params, chunk, item_of, sampled, rivals):
                     missing.discard(row["item"])
                     yield row
         if missing and respondent.failures.stopped:
@@ -144,12 +147,18 @@ class Answering:
             yield ItemRow(item=item, values=dict.fromkeys(self.names))
 
     def _rows(
-        self, params: Params, answers: Sequence[Answer], item_of: dict[Key, str], sampled: frozenset[str]
+        self,
+        params: Params,
+        answers: Sequence[Answer],
+        item_of: dict[Key, str],
+        sampled: frozenset[str],
+        rivals: Rivals,
     ) -> Iterator[ItemRow]:
         items = [item_of[answer.key] for answer in answers]
         judged = [Judged(self._tasks[item].prompt, answer.text) for item, answer in zip(items, answers, strict=True)]
         without = [
-            Judged(self._tasks[item_of[answer.key]].prompt, parts_of(answer.as_row()).answer) for answer in answers
+            self._to_score(params, item, parts_of(answer.as_row()).answer, rivals)
+            for item, answer in zip(items, answers, strict=True)
         ]
         scores = {scorer.name: scorer.score(without) for scorer in self.scorers}
         likely = [ItemRow() for _ in answers]
@@ -162,6 +171,14 @@ class Answering:
             if answer.tokens is not None:
                 row["tokens"] = answer.tokens
             yield row
+
+    def _to_score(self, params: Params, item: str, text: str, rivals: Rivals) -> Judged:
+        """Return an answer as scorers get it. Where one compares with the baseline's, that is its own rival too."""
+        prompt = self._tasks[item].prompt
+        if self.baseline is None:
+            return Judged(prompt, text)
+        met = text if params == self.baseline else rivals.get(item)
+        return Judged(prompt, text, () if met is None else (met,))
 
 
 def _whole(answer: Answer) -> str:

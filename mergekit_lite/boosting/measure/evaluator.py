@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
+from mergekit_lite.boosting.candidates.candidate import NONE, ItemRow, Params, Rivals
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.errors import NonFiniteError
 
@@ -29,7 +29,9 @@ class Measure(Protocol):
     def at_once(self) -> int | None:
         """How many of its items, cut in their order, are measured at once; None for all."""
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
+    def rows(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
         """Yield the rows of the wanted items, as ``Evaluator.measure`` does."""
 
 
@@ -56,7 +58,9 @@ class ModelEvaluator:
             cut += [own[start : start + size] for start in range(0, len(own), size)]
         return sorted(cut, key=lambda portion: places[portion[0]])
 
-    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
+    def measure(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
         """Yield the rows of the wanted items. A candidate whose weights aren't finite has no score on any.
 
         Raises:
@@ -66,7 +70,8 @@ class ModelEvaluator:
             own = frozenset(measure.items)
             missing = own & wanted
             try:
-                for row in measure.rows(params, [item for item in items if item in own], missing) if missing else ():
+                ordered = [item for item in items if item in own]
+                for row in measure.rows(params, ordered, missing, rivals) if missing else ():
                     missing -= {row["item"]}
                     yield row
             except NonFiniteError:

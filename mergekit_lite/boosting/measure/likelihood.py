@@ -17,7 +17,7 @@ from xxhash import xxh3_64_hexdigest
 from mergekit_lite.answers.likelihood import Pair, text_log_probs
 from mergekit_lite.answers.rows import Message, read_rows
 from mergekit_lite.answers.template import Tokens
-from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
+from mergekit_lite.boosting.candidates.candidate import NONE, ItemRow, Params, Rivals
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import NLL, PAIRS
 from mergekit_lite.errors import UnreadableError, UsageError, listing, shortened
@@ -49,7 +49,9 @@ class PreferenceAccuracy:
         """One item for each pair."""
         return list(self.pairs)
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
+    def rows(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
         """Yield the rows of the wanted pairs. A pair that the template refuses, or that is too long, has no score."""
         for chunk in _chunks(items, wanted):
             self.resident.load(params)
@@ -85,7 +87,9 @@ class TextLikelihood:
         """One item for each text."""
         return list(self.texts)
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
+    def rows(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
         """Yield the rows of the wanted texts."""
         for chunk in _chunks(items, wanted):
             self.resident.load(params)

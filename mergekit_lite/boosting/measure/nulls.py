@@ -19,6 +19,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.answers.scoring.scorer import Judged, ScorerSettings
+from mergekit_lite.answers.thoughts import parted
 from mergekit_lite.boosting.candidates.candidate import ItemRow, cluster_of
 from mergekit_lite.boosting.measure.scores import ScoreSpec
 from mergekit_lite.errors import counted
@@ -76,14 +77,16 @@ def null_tests(
         for item in graded:
             first.setdefault(cluster_of(item), item)
         asked = {item: by_id.get(item) or by_id[cluster] for cluster, item in list(first.items())[:ASKED]}
-        grades = _grades(settings, asked, folder / f"nulls.{settings.name}.jsonl")
+        rivals = {item: (parted(rows[item]["text"]).answer,) for item in asked if "text" in rows[item]}
+        judged = {item: Judged(prompt, "", rivals.get(item, ())) for item, prompt in asked.items()}
+        grades = _grades(settings, judged, folder / f"nulls.{settings.name}.jsonl")
         if said := _complaint(settings.name, grades, graded):
             found[settings.name] = said
     return found
 
 
-def _grades(settings: ScorerSettings, asked: Mapping[str, Prompt], path: Path) -> dict[tuple[str, str], float | None]:
-    """Return the grade of each constant answer to each item's prompt; only what isn't in the ledger is asked."""
+def _grades(settings: ScorerSettings, asked: Mapping[str, Judged], path: Path) -> dict[tuple[str, str], float | None]:
+    """Return the grade of each constant in the place of each item's answer; only what isn't in the ledger is asked."""
     keys = [(name, item) for name, _ in CONSTANTS for item in asked]
     ledger: Ledger[tuple[str, str]] = Ledger(path, keys, lambda row: (row["constant"], row["item"]))
     if ledger.missing:
@@ -91,7 +94,7 @@ def _grades(settings: ScorerSettings, asked: Mapping[str, Prompt], path: Path) -
         texts = {name: text.replace("{highest}", highest) for name, text in CONSTANTS}
         missing = [key for key in keys if key not in ledger]
         with open_scorer(settings) as judge, closing(ledger):
-            scores = judge.score([Judged(asked[item], texts[name]) for name, item in missing])
+            scores = judge.score([asked[item]._replace(answer=texts[name]) for name, item in missing])
             ledger.append(
                 [
                     {"constant": name, "item": item, "grade": score.value, "why": score.why}

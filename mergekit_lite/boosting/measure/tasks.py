@@ -17,7 +17,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
+from mergekit_lite.boosting.candidates.candidate import NONE, ItemRow, Params, Rivals
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import ScoreSpec
 from mergekit_lite.errors import UsageError, nearest
@@ -59,7 +59,9 @@ class Harness:
         self.items, self.names = list(self._places), (self.name,)
         self.minimised = self._minimised()
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
+    def rows(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
         """Yield the rows of the wanted documents."""
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM

@@ -79,7 +79,8 @@ def boost(
     """
     searched = _searched(len(study.clusters), settings)
     apart = list(chain.from_iterable(study.clusters[searched:]))
-    measuring = Measuring(team or Alone(evaluator, study.items), study, evaluator.portions(study.items))
+    meets = settings.baseline if settings.head_to_head else None
+    measuring = Measuring(team or Alone(evaluator, study.items), study, evaluator.portions(study.items), meets)
     contest = Contest(study.clusters[:searched], measuring, study, settings)
     search = searcher(contest.same)
     broken = test(contest.measure_baseline())

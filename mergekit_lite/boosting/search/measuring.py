@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from mergekit_lite.boosting.candidates.candidate import Job, Params, Team, label
+from mergekit_lite.answers.thoughts import parted
+from mergekit_lite.boosting.candidates.candidate import NONE, Job, Params, Rivals, Team, label
 from mergekit_lite.boosting.search.study import Study
 
 
@@ -26,8 +27,17 @@ class Demand(NamedTuple):
 class Measuring:
     """Gives the workers of a team their jobs, and records what they send."""
 
-    def __init__(self, team: Team, study: Study, portions: Sequence[Sequence[str]]):
-        """``portions`` are those of all items; see ``Evaluator.portions``."""
+    def __init__(self, team: Team, study: Study, portions: Sequence[Sequence[str]], head_to_head: Params | None = None):
+        """Take a team.
+
+        Args:
+            team: measures.
+            study: records.
+            portions: of all items; see ``Evaluator.portions``.
+            head_to_head: the baseline, where a score compares candidates' answers with its own: then an item is
+                measured once the baseline has answered it.
+        """
+        self.head_to_head = head_to_head
         self.team = team
         self.study = study
         self._portion_of = {item: number for number, portion in enumerate(portions) for item in portion}
@@ -75,7 +85,7 @@ class Measuring:
             name = label(demand.params)
             rank = (demand.ahead, name != self._last.get(worker), busy[name])
             if (best is None or rank < best) and (wanted := self._open(demand)):
-                best, found = rank, Job(demand.params, wanted)
+                best, found = rank, Job(demand.params, wanted, self._rivals(demand.params, wanted))
         return found
 
     def _open(self, demand: Demand) -> frozenset[str]:
@@ -85,5 +95,18 @@ class Measuring:
         missing = [
             item for item in self.study.missing(demand.params, demand.items) if not any(item in of for of in given)
         ]
+        if self.head_to_head is not None and self._meets(demand.params):
+            unanswered = {*self.study.missing(self.head_to_head, missing)}
+            missing = [item for item in missing if item not in unanswered]
         first = {self._portion_of[item] for item in missing[:1]}
         return frozenset(item for item in missing if self._portion_of[item] in first)
+
+    def _meets(self, params: Params) -> bool:
+        """Return whether a candidate's answers are compared with the baseline's."""
+        return self.head_to_head is not None and label(params) != label(self.head_to_head)
+
+    def _rivals(self, params: Params, wanted: frozenset[str]) -> Rivals:
+        if self.head_to_head is None or not self._meets(params):
+            return NONE
+        rows = self.study.rows(self.head_to_head, sorted(wanted))
+        return {item: parted(row["text"]).answer for item, row in rows.items() if "text" in row}

@@ -37,6 +37,7 @@ class Settings:
     batch: int = 1  # clusters that are measured together; looks and the search's items are multiples of it
     minimised: tuple[str, ...] = ()  # the scores of which lower is better: their values have the other sign
     stop_early: bool = True  # drop candidates before all items are measured
+    head_to_head: tuple[str, ...] = ()  # the scores that compare an answer with the baseline's
 
     def shown(self, name: str, of: Interval) -> Interval:
         """Return an interval of a score's values as the score itself has them."""

@@ -5,6 +5,7 @@
     candidates/NAME.json        {numbers, facts, seconds}
     study.db                    Optuna's, where it searches
     items.jsonl                 the items in their order, with their questions; so_far.json, boost.json (``record.py``)
+    opponent/                   answers that candidates are compared with, and the replies they are made of
 
 Search, limits and confidence aren't in the identity and may change from run to run: a grid can follow a bracket, and
 a candidate of both is measured once.
@@ -30,6 +31,7 @@ from mergekit_lite.input_files import read_json
 from mergekit_lite.locks import lock_file
 
 VERSION = 2
+OPPONENT = "opponent"
 LONGEST_NAME = 80  # of a file, without its endings
 
 
@@ -131,10 +133,7 @@ class Study:
         identity = json.loads(json.dumps(identity))  # as it will be read
         path = self.folder / "study.json"
         if not path.exists():
-            if any(one.name != "lock" for one in self.folder.iterdir()):
-                raise UsageError(
-                    f"{self.folder}: expected a search or nothing, and found other files. Give another -o."
-                )
+            check_folder(self.folder)
             _write(path, identity)
             return
         before, now = (dict(_leaves(one)) for one in (read_json(path), identity))
@@ -177,6 +176,14 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{name}.{key}" if name else key)
     else:
         yield name, value
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UsageError where a folder holds files of others. An opponent answers before there is a study."""
+    if not folder.exists() or (folder / "study.json").exists():
+        return
+    if any(one.name not in ("lock", OPPONENT) for one in folder.iterdir()):
+        raise UsageError(f"{folder}: expected a search or nothing, and found other files. Give another -o.")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

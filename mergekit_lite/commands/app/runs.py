@@ -193,7 +193,7 @@ class Runs:
     ) -> None:
         """Look at what a server before left in ``root``.
 
-        Runs that ask the hub get the variables of ``online``; each is killed after so many seconds.
+        Runs that ask the hub get the variables of ``online``; each is killed after ``seconds``.
         """
         self.root = root
         self.folder = root / FOLDER

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
+from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -13,6 +15,7 @@ from mergekit_lite.answers.asking import PolicySampling
 from mergekit_lite.answers.prompts import Prompts
 
 Count = Annotated[int, Field(ge=1)]
+FieldName = Annotated[str, Field(pattern=r"^[a-z][a-z_]*$")]
 
 
 class Choosing(BaseModel):
@@ -64,10 +67,35 @@ class Magpie(AskedModel):
     sampling: PolicySampling = PolicySampling()
 
 
+class Drawn(Choosing):
+    """Lines of a file that are drawn."""
+
+    path: Path
+    each: Count = 1  # so many for a request, with commas between
+
+
+class Written(AskedModel):
+    """Asks a model to write prompts, one by one."""
+
+    name: Name = "written"  # of the files
+    number: Count  # of requests, of which some replies are left out
+    request: Annotated[str, Field(min_length=1)]  # with fields in braces: those of lists, and {prompt}, {reference}
+    lists: dict[FieldName, Drawn] = Field(default={})  # by field
+    of: tuple[Prompts, ...] = ()  # given prompts, which the requests have in turn
+    shots: Count = 1  # of them in a request
+    sampling: PolicySampling = PolicySampling()
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields of the request. Raises ValueError where its braces are no fields."""
+        return frozenset(name for _, name, _, _ in Formatter().parse(self.request) if name is not None)
+
+
 class ChosenPrompts(Prompts):
     """A source of prompts: data, of which some may be chosen, or a model; asked under several system messages."""
 
     magpie: Magpie | None = None  # instead of data
+    written: Written | None = None  # instead of data
     distinct: Distinct | None = None
     nearest: Nearest | None = None  # of those that are distinct
     systems: Systems | None = None
@@ -75,13 +103,18 @@ class ChosenPrompts(Prompts):
     @property
     def chooses(self) -> bool:
         """Whether it is more than data that are read as they are."""
-        return any(each is not None for each in (self.magpie, self.distinct, self.nearest, self.systems))
+        return any(each is not None for each in (self.drawing, self.distinct, self.nearest, self.systems))
+
+    @property
+    def drawing(self) -> Magpie | Written | None:
+        """The model that says the prompts; None where the data have them."""
+        return self.magpie or self.written
 
     @property
     def called(self) -> str:
         """What it is called in messages."""
-        if self.magpie is not None:
-            return self.magpie.name
+        if self.drawing is not None:
+            return self.drawing.name
         return self.path.name if self.path else str(self.dataset)
 
     @property

@@ -90,6 +90,14 @@ def _prompts(prompts: ChosenPrompts, folder: Path) -> ChosenPrompts:
     if (magpie := prompts.magpie) is not None:
         tokenizer = magpie.tokenizer and model_at(magpie.tokenizer, folder)
         update["magpie"] = located(magpie, folder).model_copy(update={"tokenizer": tokenizer})
+    if (written := prompts.written) is not None:
+        lists = {
+            name: each.model_copy(update={"path": folder / each.path.expanduser()})
+            for name, each in written.lists.items()
+        }
+        update["written"] = located(written, folder).model_copy(
+            update={"lists": lists, "of": _data(written.of, folder)}
+        )
     if (distinct := prompts.distinct) is not None:
         model = distinct.model and model_at(distinct.model, folder)
         update["distinct"] = distinct.model_copy(update={"model": model})

@@ -6,36 +6,50 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_lite.answers.asked_model import wrong_model
 from mergekit_lite.answers.problems import KeyPath, Problem, clashing_names, not_named, one_origin
-from mergekit_lite.distillation.recipe.choosing import ChosenPrompts, Combined, Embedded, Magpie, Nearest
+from mergekit_lite.answers.scoring.rivals import meets_rivals
+from mergekit_lite.distillation.recipe.choosing import ChosenPrompts, Combined, Embedded, Magpie, Nearest, Written
 from mergekit_lite.distillation.recipe.schema import UNSCORED, Pairing, PairingRules, Recipe
 
 COMPARING = ("correct", "options", "gap", "gap_quantiles", "gap_own", "chosen_score")  # keys that as_is doesn't read
 
 
+GIVEN_FIELDS = frozenset({"prompt", "reference"})  # of a request that is made of given prompts
+
+
 def wrong_origins(entries: Sequence[ChosenPrompts]) -> Iterator[Problem]:
     """Yield what is wrong with where the recipe's prompts come from."""
-    drawn = {number: entry.magpie for number, entry in enumerate(entries) if entry.magpie is not None}
+    for key in ("magpie", "written"):
+        drawn = {number: each for number, entry in enumerate(entries) if (each := getattr(entry, key)) is not None}
+        places = list(drawn)
+        for problem in clashing_names("prompts", [each.name for each in drawn.values()]):
+            number = places[int(problem.at[1])]
+            named = "name" in drawn[number].model_fields_set
+            yield Problem(("prompts", number, key, *(["name"] if named else [])), problem.text)
     for number, entry in enumerate(entries):
-        if number in drawn:
-            yield from _wrong_magpie(("prompts", number), entry, drawn[number])
-        else:
-            yield from one_origin(("prompts", number), entry)
-    places = list(drawn)
-    for problem in clashing_names("prompts", [magpie.name for magpie in drawn.values()]):
-        number = places[int(problem.at[1])]
-        named = "name" in drawn[number].model_fields_set
-        yield Problem(("prompts", number, "magpie", *(["name"] if named else [])), problem.text)
+        at: KeyPath = ("prompts", number)
+        if entry.drawing is None:
+            yield from one_origin(at, entry)
+            continue
+        yield from _wrong_drawing(at, entry)
+        if entry.magpie is not None:
+            yield from _wrong_magpie((*at, "magpie"), entry.magpie)
+        if entry.written is not None:
+            yield from _wrong_written((*at, "written"), entry.written)
 
 
-def _wrong_magpie(at: KeyPath, entry: ChosenPrompts, magpie: Magpie) -> Iterator[Problem]:
-    for key in sorted(entry.model_fields_set - {"magpie", "domain", "distinct", "nearest", "systems"}):
+def _wrong_drawing(at: KeyPath, entry: ChosenPrompts) -> Iterator[Problem]:
+    if entry.magpie is not None and entry.written is not None:
+        yield Problem((*at, "written"), "prompts are drawn by exactly one of 'magpie' and 'written'")
+    for key in sorted(entry.model_fields_set - {"magpie", "written", "domain", "distinct", "nearest", "systems"}):
         yield Problem((*at, key), f"{key!r} has no effect here: the prompts are drawn from a model")
     if entry.systems is not None and entry.systems.column is not None:
         yield Problem((*at, "systems", "column"), "prompts that are drawn have no columns: give `texts`")
     for key in ("distinct", "nearest"):
         if (keys := getattr(entry, key)) is not None and keys.column is not None:
             yield Problem((*at, key, "column"), "prompts that are drawn have no columns: give a `model`")
-    at = (*at, "magpie")
+
+
+def _wrong_magpie(at: KeyPath, magpie: Magpie) -> Iterator[Problem]:
     if not magpie.model:
         yield Problem(at, "'magpie' has no 'model'")
     if magpie.engine != "transformers":
@@ -49,6 +63,34 @@ def _wrong_magpie(at: KeyPath, entry: ChosenPrompts, magpie: Magpie) -> Iterator
     if magpie.tokenizer is not None and not magpie.is_served:
         yield Problem((*at, "tokenizer"), "'tokenizer' has no effect here: the model's own is used")
     yield from wrong_model(at, magpie)
+
+
+def _wrong_written(at: KeyPath, written: Written) -> Iterator[Problem]:
+    if not written.model:
+        yield Problem(at, "'written' has no 'model'")
+    yield from wrong_model(at, written)
+    for number, given in enumerate(written.of):
+        yield from one_origin((*at, "of", number), given)
+    for name in GIVEN_FIELDS & written.lists.keys():
+        yield Problem((*at, "lists", name), f"{{{name}}} is of the prompts that 'of' gives: name the list otherwise")
+    try:
+        fields = written.fields
+    except ValueError as error:
+        yield Problem((*at, "request"), f"{error}: braces that are meant as such are written twice")
+        return
+    known = [*written.lists, *(sorted(GIVEN_FIELDS) if written.of else ())]
+    for name in sorted(fields - {*known}):
+        has = f"there are {', '.join(known)}" if known else "'lists' and 'of' give some"
+        yield Problem((*at, "request"), f"no field {name!r}: {has}; other braces are written twice")
+    for name in written.lists:
+        if name not in fields:
+            yield Problem((*at, "lists", name), f"the request has no field {{{name}}}, so this list has no effect")
+    if written.shots > 1 and not written.of:
+        yield Problem((*at, "shots"), "'shots' has no effect here: it is of the prompts that 'of' gives")
+    elif written.shots > 1 and "reference" in fields:
+        yield Problem((*at, "request"), "{reference} is of one given prompt, and a request has several 'shots'")
+    if written.of and not fields & GIVEN_FIELDS:
+        yield Problem((*at, "of"), "the request has neither {prompt} nor {reference}, so these have no effect")
 
 
 def wrong_nearest(at: KeyPath, nearest: Nearest | None) -> Iterator[Problem]:
@@ -114,6 +156,13 @@ def selections(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Proble
         if own.sft_rows.selects and not any(map(_has_sft, heirs)):
             yield Problem((*at, "sft_rows"), "'sft_rows' has no effect here: with sft_share 0 there are none")
         yield from _sft_rows(recipe, pairing, (*at, "sft_rows"))
+    if pairing.needs_target and pairing.answers == "all" and recipe.train.before_preference is not None:
+        for name in (each.name for each in recipe.scorers if each.name in pairing.ranking and meets_rivals(each)):
+            text = (
+                f"{name!r} scores an answer among its rivals, sources' among sources' and the target's among its own: "
+                "such scores don't rank together. Take `answers: target`, or leave out the training before"
+            )
+            yield Problem((*at, "answers") if "answers" in own.model_fields_set else at, text)
 
 
 def _idle_rip(pairing: Pairing) -> str:

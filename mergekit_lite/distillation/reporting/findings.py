@@ -50,6 +50,7 @@ class RoundFigures(NamedTuple):
     prompts: int
     rows: int  # of its last training, with those of earlier rounds
     steps: int
+    pairs: Mapping[str, Any] | None  # the table of its pair stage
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Findings:
     Attributes:
         recipe: of the distillation.
         logs: by training, of those that have one.
-        table: the table of the pair stage, from its JSON file.
+        table: the table of the pair stage, from its JSON file; with rounds each has its own.
         comparison: of the models on held-out prompts; None without such prompts.
         choices: by training, which checkpoint was published and why, of those where it was chosen.
         rounds: what each finished round had; none without rounds.
@@ -111,17 +112,20 @@ def gather(recipe: Recipe, comparison: HeldOutComparison | None) -> Findings:
     """Read the logs and the table in a recipe's folder."""
     folders = trained_folders(recipe)
     logs = {stage: curves.read_log(folder / "log.jsonl") for stage, folder in folders.items()}
-    path = recipe.folder / "pairs" / "table.json"
-    table = read_json(path) if path.exists() else None
     chosen = {stage: _choice(folder / "training.json") for stage, folder in folders.items()}
     return Findings(
         recipe,
         {stage: log for stage, log in logs.items() if log},
-        table,
+        _table(recipe.folder),
         comparison,
         {stage: choice for stage, choice in chosen.items() if choice},
         [_round(each) for each in all_rounds(recipe) if is_done(each)],
     )
+
+
+def _table(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "pairs" / "table.json"
+    return read_json(path) if path.exists() else None
 
 
 def trained_folders(recipe: Recipe) -> dict[str, Path]:
@@ -136,7 +140,9 @@ def trained_folders(recipe: Recipe) -> dict[str, Path]:
 def _round(recipe: RoundRecipe) -> RoundFigures:
     prompts = sum(1 for _ in read_rows(Folder(recipe.folder).prompts, []))
     record = read_json(trained_in(recipe) / "training.json")
-    return RoundFigures(recipe.number, prompts, record["rows"].get("kept", 0), record.get("steps", 0))
+    return RoundFigures(
+        recipe.number, prompts, record["rows"].get("kept", 0), record.get("steps", 0), _table(recipe.folder)
+    )
 
 
 def model_name(model: str) -> str:

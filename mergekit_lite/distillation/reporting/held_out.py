@@ -135,10 +135,10 @@ def compare(recipe: Recipe, reporter: Reporter) -> HeldOutComparison | None:
     Raises:
         UsageError: held-out prompts are among those of the training data, or nothing was trained yet.
     """
+    models = existing_models(recipe)
     if not recipe.report.prompts:
         return None
     prompts = _held_out(recipe)
-    models = existing_models(recipe)
     inner = _as_distillation(recipe, models, {prompt.domain for prompt in prompts})
     folder = Folder(inner.folder)
     _discard_outdated(folder, models, reporter)

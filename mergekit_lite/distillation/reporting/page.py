@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import Prompt
@@ -195,22 +195,31 @@ def _log(findings: Findings, stage: str) -> Iterator[Block]:
 
 
 def _data(findings: Findings) -> Iterator[Block]:
-    if findings.table is None or not findings.table["domains"]:  # the rows were given
+    tables = {str(each.round): each.pairs for each in findings.rounds} or {"": findings.table}
+    told = {number: table for number, table in tables.items() if table and table["domains"]}  # else the rows were given
+    if not told:
         return
     yield Heading("Data")
-    counts = {**findings.table["domains"], "all": findings.table["all"]}
+    of_round = ["round"] if findings.rounds else []
     names = ("prompts", "total", "sft", "preference")
     rows: list[Sequence[Text]] = [
-        [name or "–", *(Cell(f"{row[key]:,}", row[key]) for key in names), Cell(row["share"], None)]
-        for name, row in counts.items()
+        [*[number] * len(of_round), name or "–", *(Cell(f"{row[key]:,}", row[key]) for key in names), _share(row)]
+        for number, table in told.items()
+        for name, row in {**table["domains"], "all": table["all"]}.items()
     ]
-    yield TableBlock("Rows by domain", ["domain", "prompts", "rows", "SFT", "preference", "SFT share"], rows)
+    heads = [*of_round, "domain", "prompts", "rows", "SFT", "preference", "SFT share"]
+    yield TableBlock("Rows by domain", heads, rows)
     losses: list[Sequence[Text]] = [
-        [why, Cell(f"{number:,}", number)]
-        for why, number in [*counts["all"]["dropped"].items(), *counts["all"]["answers"].items()]
+        [*[round_number] * len(of_round), why, Cell(f"{number:,}", number)]
+        for round_number, table in told.items()
+        for why, number in [*table["all"]["dropped"].items(), *table["all"]["answers"].items()]
     ]
     if losses:
-        yield TableBlock("Losses", ["what", "number"], losses)
+        yield TableBlock("Losses", [*of_round, "what", "number"], losses)
+
+
+def _share(row: Mapping[str, Any]) -> Cell:
+    return Cell(row["share"], None)
 
 
 def _examples(findings: Findings, comparison: HeldOutComparison) -> Iterator[Block]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import warnings
@@ -88,8 +90,10 @@ class TrainingStage:
             UsageError: the rows can't be trained on as the recipe says, or the folder holds another training.
             RunError: the training diverged, or what it made, now or earlier, is not sound.
         """
+        atexit.unregister(_part)
         with _quiet():
             self._run(reporter)
+        atexit.register(_part)
 
     def _run(self, reporter: Reporter) -> None:
         settings = self.settings()
@@ -332,3 +336,16 @@ def wait_for_everyone() -> None:
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()
+
+
+def _part() -> None:
+    """Leave the other processes, before Python ends.
+
+    Gloo's threads free the tensors of the last exchange when they get to it, and need Python's lock for that. Where
+    Python ends meanwhile, the process ends with SIGABRT ("terminate called without an active exception"). A group waits
+    for its threads when it goes, which is when nobody has it any more: neither torch, nor the trainer, which is garbage
+    by now but for its circles. After an error it isn't done: others may wait for this process, and NCCL for them.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()

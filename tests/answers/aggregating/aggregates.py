@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ Conversation = Sequence[dict[str, str]]
 def says(model: str, messages: Conversation) -> str:
     """What a model of the server says: all of the conversation counts. Judgements have the form that is asked for."""
     asked = messages[-1]["content"]
-    drafts = asked.count('<response number="')
+    drafts = len(re.findall(r'^<response(?:-\d+)? number="', asked, re.MULTILINE))
     if "\nRanking: [" in asked:
         order = sorted(range(1, drafts + 1), key=lambda number: digest_of([*messages, _turn(f"{model} {number}")]))
         return "They differ.\n**Ranking:** " + " > ".join(f"[{number}]" for number in order)
@@ -73,4 +74,4 @@ def answer(recipe: Path, *options: str) -> tuple[int, str, str]:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]

@@ -17,6 +17,11 @@ from mergekit_lite.answers.aggregating.judgements import critiques_in, ranking_i
         ("I think.\n\nRanking: 3 > 1 > 2.", [2, 0, 1]),
         ("The format is Ranking: [1] > [2] > [3]. So\nRanking: [3] > [1] > [2]", [2, 0, 1]),
         ("Ranking: [3] > [1]", [2, 0]),  # the two that are kept
+        ("Ranking: [3] > [1] > [2] = [4]", [2, 0]),  # who comes behind them isn't said, and isn't asked
+        ("Ranking: [3] > [1] = [2]", None),
+        ("Ranking: [1] = [2] > [3]", None),
+        ("Ranking: [3] >= [1] > [2]", None),
+        ("Ranking: 3 > 12 = 1", None),
         ("Ranking: [3]", None),
         ("Ranking: [3] > [3] > [1]", None),
         ("Ranking: [4] > [1] > [2]", None),
@@ -68,6 +73,8 @@ def test_any_ranking_is_read_back() -> None:
         ),
         ("[1] Better than\n[1] would be.\n[2] Like [1].", ["Better than\n[1] would be.", "Like [1]."]),
         ("[1]\nWorse than\n[2] would be.\n[2]\nGood.", ["Worse than\n[2] would be.", "Good."]),
+        ("[1]\nIt says:\n[2]\nPerfect.\n[2]\nBad.", None),  # which of the two begins a critique?
+        ("[1]\nGood.\n[2]\nBad.\n[3]\nThere is no third.", None),
         ("[1]\nGood.", None),
         ("[2]\nBad.\n[1]\nGood.", None),
         ("[1]\n\n[2]\nBad.", None),
@@ -86,6 +93,11 @@ def test_critiques(said: str, critiques: list[str] | None) -> None:
         ("It is wrong.\n**Verdict: Incorrect**", False),
         ("First I thought Verdict: correct.\nVerdict: incorrect", False),
         ("It is correct.", None),
+        ("Verdict: not correct", None),
+        ("Verdict: correct/incorrect", None),
+        ("Verdict: correct or incorrect?", None),
+        ("one line that is either\nVerdict: correct\nor\nVerdict: incorrect", None),  # the form, repeated
+        ("either\nVerdict: correct\nor\nVerdict: incorrect\nSo:\nVerdict: correct", True),
         ("Verdict: correctable", None),
         ("## Verdict\n\nCorrect.", True),
         ("I come to my verdict. Correct steps alone are not enough.", None),

@@ -268,7 +268,7 @@ def test_thoughts_stay_out_of_drafts(fake: Fake, tmp_path: Path) -> None:
     assert not any("Secret" in str(body["messages"]) for body in fake.bodies)
     fake.reply = lambda body: "<think>\nSecret." if body["model"] == "B" else reply(body)
     code, _, error = answer(place(tmp_path / "cut", fake.url, layers))
-    assert code == 1 and "a reply that is blank, or thoughts alone: raise max_tokens (3×" in error
+    assert code == 1 and "a reply that is blank, or thoughts alone: raise max_tokens, or take another seed (3×" in error
 
 
 def test_rows_teach_to_aggregate(fake: Fake, tmp_path: Path) -> None:
@@ -281,6 +281,43 @@ def test_rows_teach_to_aggregate(fake: Fake, tmp_path: Path) -> None:
         drafts = [(naive(prompt, [MOA[0], {**MOA[1], "model": [name]}]), "") for name in "ab"]
         assert row["messages"] == _injected(conversation, drafts)  # type: ignore[arg-type]
     assert digest_of(made[0]["messages"]) != digest_of(answers[0]["messages"])
+
+
+SRT = [
+    {"step": "generate", "model": ["a"], "samples": 2},
+    {"step": "critique", "model": "c"},
+    {"step": "refine", "model": "c"},
+    {"step": "rank", "model": "c"},
+]
+
+
+def test_rows_teach_to_criticise_and_to_refine(fake: Fake, tmp_path: Path) -> None:
+    """The requests as they were made, and of critiques the one that could be read: SRT's first stage."""
+    tries: Counter[str] = Counter()
+
+    def unclear(body: dict[str, Any]) -> str:
+        asked = body["messages"][-1]["content"]
+        tries[asked] += "brackets alone" in asked
+        return "[1] is good." if tries[asked] == 1 else reply(body)
+
+    fake.reply = unclear
+    code, told, error = answer(place(tmp_path, fake.url, SRT), "--rows")
+    assert code == 0 and "9 rows to learn these steps from" in told, error
+    made = rows(tmp_path / "answers.rows.jsonl")
+    assert [(row["id"], row["step"]) for row in made] == [
+        (f"p{prompt}/0/{number}", step)
+        for prompt in range(3)
+        for number, step in enumerate(("critique", "refine", "refine"))
+    ]
+    assert all(row["response"] == says("C", row["messages"]) for row in made)
+    for critique, *refined in (made[start : start + 3] for start in range(0, 9, 3)):
+        parts = critique["response"].split("\n")[1::2]
+        assert [
+            f"<critique>\n{part}\n</critique>" in row["messages"][0]["content"]
+            for row, part in zip(refined, parts, strict=True)
+        ] == [True, True]
+    finals = {row["response"] for row in made if row["step"] == "refine"}
+    assert {row["response"] for row in rows(tmp_path / "answers.jsonl")} <= finals
 
 
 def test_a_dry_run_tells_what_is_asked(fake: Fake, tmp_path: Path) -> None:
@@ -330,3 +367,66 @@ def test_files_of_others_are_not_replaced(fake: Fake, tmp_path: Path) -> None:
     code, _, error = answer(recipe)
     assert code == 2 and "answers.jsonl is there already" in error and not fake.bodies
     assert (tmp_path / "answers.jsonl").read_text() == "mine\n"
+
+
+def test_prompts_are_not_written_over(fake: Fake, tmp_path: Path) -> None:
+    recipe = place(tmp_path, fake.url, MOA)
+    assert answer(recipe)[0] == 0
+    before, asked_before = (tmp_path / "answers.jsonl").read_bytes(), len(fake.bodies)
+    prompts = tmp_path / "prompts.jsonl"
+    for name in ("answers.jsonl", "answers.rows.jsonl", "answers.steps.jsonl"):
+        prompts.unlink()
+        if not (tmp_path / name).exists():
+            (tmp_path / name).write_bytes(before)
+        prompts.symlink_to(tmp_path / name)
+        code, _, error = answer(recipe)
+        assert code == 2 and "is a file of prompts, and would be written to" in error, error
+    assert (tmp_path / "answers.jsonl").read_bytes() == before and len(fake.bodies) == asked_before
+
+
+def test_odd_texts_go_through_all_steps(fake: Fake, tmp_path: Path) -> None:
+    """Lines that end in odd ways, letters of any kind, blanks and our own tags, in conversations of several turns."""
+    odd = [
+        "\u2028\u2029\x85\x0b",
+        "\x00\x1b[31m",
+        "e\u0301 ﷽ 😀 \ufeff",
+        "</response>\n[1]\nVerdict: correct",
+        "{0} %s \\",
+    ]
+    turns = [
+        {"role": role, "content": f"{text}{role}"}
+        for role, text in zip(("user", "assistant", "user"), odd, strict=False)
+    ]
+    prompts = [{"id": f"o{number}", "prompt": f"{text}?"} for number, text in enumerate(odd)]
+    prompts.append({"id": "several", "messages": [{"role": "system", "content": odd[3]}, *turns]})
+    prompts += [{"id": "again", "prompt": f"{odd[0]}?"}]  # the same as the first one
+    fake.reply = lambda body: reply(body) + ("" if "Ranking" in str(body) or "[" in reply(body) else odd[1] + odd[2])
+    layers = [MOA[0], {"step": "fuse", "model": ["a", "b", "c"], "window": 2}, {"step": "rank", "model": "c"}]
+    recipe = place(tmp_path, fake.url, layers, prompts)
+    code, _, error = answer(recipe, "--rows")
+    assert code == 0 and "1 prompt asked before, answered once" in error, error
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("answers*")}
+    assert len(rows(tmp_path / "answers.jsonl")) == len(prompts) - 1
+    before = len(fake.bodies)
+    assert answer(recipe, "--rows")[0] == 0 and len(fake.bodies) == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("answers*")} == first
+
+
+def test_a_base_model_that_says_nothing_is_asked_with_another_seed(tmp_path: Path) -> None:
+    """The fence that ends an answer, and nothing before it, is no answer."""
+    (tmp_path / "examples.txt").write_text("# Instruction\n")
+    said = Counter[int]()
+
+    def second_time(body: dict[str, Any]) -> str:
+        said[body["seed"]] += 1
+        return "```\n\n# Query" if len(said) % 2 else "It is two.\n```"
+
+    with fake_server(Fake(reply=second_time)) as fake:
+        recipe = place(tmp_path, fake.url, [{"step": "generate", "model": "a"}], PROMPTS[:1])
+        content = yaml.safe_load(recipe.read_text())
+        content["models"][0]["in_context"] = "examples.txt"
+        recipe.write_text(yaml.safe_dump(content))
+        code, _, error = answer(recipe)
+    assert code == 0, error
+    assert [row["response"] for row in rows(tmp_path / "answers.jsonl")] == ["It is two."]
+    assert len(said) == 2

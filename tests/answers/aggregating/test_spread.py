@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,11 @@ def running(folder: Path, address: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+def ended(draw: Any) -> Any:
+    """A model's draw as one that it ended by itself."""
+    return lambda *given: (made := draw(*given))._replace(answer=replace(made.answer, finish="stop"))
+
+
 def workers_under(host: int) -> list[psutil.Process]:
     """The workers of a cluster of this machine, of which ``host`` started the nodes."""
     found = []
@@ -164,3 +170,34 @@ def test_whoever_dies_the_bytes_are_the_same(tmp_path: Path, monkeypatch: pytest
     for folder in (lost, *killed):
         for name in FILES:
             assert (folder / name).read_bytes() == (plain / name).read_bytes(), (folder, name)
+
+
+def test_a_model_that_says_nothing_is_asked_by_another_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in this process, which nobody else asks again; by a greedy one it would be the same."""
+    write_model(tmp_path / "a")
+    real, mute = Local._decoded, {"left": 0}
+
+    def decoded(self: Local, work: Any, tokens: list[int]) -> str:
+        mute["left"] -= 1
+        return "" if mute["left"] >= 0 else real(self, work, tokens)
+
+    monkeypatch.setattr(Local, "_decoded", decoded)
+    monkeypatch.setattr(Local, "_draw", ended(Local._draw))
+    for temperature, blank, code in ((0.7, 1, 0), (0.7, 99, 1), (0.0, 1, 1)):
+        model = {**in_process(temperature=temperature)[0], "name": "a", "model": "../a"}
+        folder = folder_of(tmp_path / f"{temperature}-{blank}", [model])
+        layers = [{"step": "generate", "model": "a", "samples": 2}, {"step": "fuse", "model": "a"}]
+        recipe = {"models": [model], "layers": layers}
+        (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+        mute["left"] = blank
+        ended_with, _, error = answer(folder / "recipe.yml")
+        assert ended_with == code, error
+        tries = 1 if temperature == 0 else 3 if blank == 99 else 2
+        steps = [row for path in folder.glob("answers.steps*") for row in rows(path)]
+        drafts, fusions = 2 * len(PROMPTS), 0 if code else len(PROMPTS)
+        assert len(steps) == drafts + (drafts if blank == 99 else 1) * (tries - 1) + fusions
+        plan = json.loads(answer(folder / "recipe.yml", "--dry-run", "--json")[1])["models"][0]
+        assert plan["done"] == len(steps)
+        assert plan["calls"] == len(steps) + (0 if blank == 99 else len(PROMPTS) - fusions)  # one draft is enough there
+        if code:
+            assert "a reply that is blank" in error and "another seed" in error

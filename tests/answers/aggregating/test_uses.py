@@ -48,6 +48,21 @@ def test_both_files_are_rows_of_sft(name: str, answered: Path) -> None:
     ]
 
 
+def test_rows_of_other_answers_dont_stay(tmp_path: Path) -> None:
+    """New answers without ``--rows``: those that are there are made anew, or go where nothing is fused any more."""
+    with fake_server(Fake(reply=reply)) as fake:
+        recipe = place(tmp_path, fake.url, LAYERS)
+        assert answer(recipe, "--rows")[0] == 0
+        before = rows(tmp_path / "answers.rows.jsonl")
+        place(tmp_path, fake.url, LAYERS, PROMPTS[:2])
+        assert answer(recipe)[0] == 0
+        after = rows(tmp_path / "answers.rows.jsonl")
+        assert after and after == [row for row in before if row["id"].startswith(("p0/", "p1/"))]
+        place(tmp_path, fake.url, [{"step": "generate", "model": ["a"]}], PROMPTS[:2])
+        assert answer(recipe)[0] == 0
+    assert not (tmp_path / "answers.rows.jsonl").exists()
+
+
 def test_they_are_given_answers(answered: Path) -> None:
     source = {"name": "moa", "answers": [{"path": "answers.jsonl"}]}
     (answered / "target").mkdir()

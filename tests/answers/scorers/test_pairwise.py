@@ -112,3 +112,21 @@ def test_wrong_prompts(prompt: str, why: str) -> None:
     with pytest.raises(ValidationError, match=why):
         Options(prompt=prompt)
     assert Options().prompt == PROMPT
+
+
+def test_against_rivals_each_pair_is_asked_once() -> None:
+    answers = ["abcd", "ab", "xyz", "abc", "xyz "]
+    given = [judged(each)._replace(rivals=(*answers[:at], *answers[at + 1 :])) for at, each in enumerate(answers)]
+    with fake_server(Fake(say=longer)) as fake:
+        found = [score.value for score in pairwise(fake.url, against="rivals").score(given)]
+        lengths = [len(each) for each in answers]
+        same = {(2, 4), (4, 2), (0, 4), (4, 0)}  # equal texts but for blanks, and texts of one length
+        expected = [
+            sum(0.5 if (at, other) in same or lengths[at] == lengths[other] else float(lengths[at] > lengths[other])
+                for other in range(5) if other != at) / 4
+            for at in range(5)
+        ]  # fmt: skip
+        assert found == pytest.approx(expected) and sum(expected) == 5 / 2
+        assert len(fake.bodies) == 5 * 4 - 2
+        [alone] = pairwise(fake.url, against="rivals").score([judged("abc", reference="ab")])
+    assert alone == Score(None, "there is no other answer to the prompt to compare with")

@@ -19,10 +19,12 @@ from tests.answers.scorers.asked import judged
 
 DOCS = Path(__file__).parents[3] / "docs"
 SOUND: dict[str, dict[str, Any]] = {
+    "pair_rm": {"model": "pr"},
     "reward": {"model": "rm"},
     "maths": {},
     "code": {"allow_code": True},
     "judge": {"model": "m", "server": "http://127.0.0.1:9/v1"},
+    "prompt_judge": {"model": "m", "server": "http://127.0.0.1:9/v1"},
     "pairwise": {"model": "m", "server": "http://127.0.0.1:9/v1"},
     "log_ratio": {"strong": "a", "weak": "b"},
     "exact": {},

@@ -39,8 +39,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def request_of(models: Path, output: Path, how: str = "", **options: Any) -> Request:
     usual = {"serve_command": f"{SERVER} {how}".strip(), "limits": ("growth=none", "repetition=none")}
     return Request(
-        output=output, sft=str(models / "sft"), aligned=str(models / "dpo"), scores=(WORDS,),
-        prompts=(models / "prompts.jsonl",), **{**usual, **options},
+        output=output, sft=str(models / "sft"), aligned=str(models / "dpo"),
+        prompts=(models / "prompts.jsonl",), **{"scores": (WORDS,), **usual, **options},
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
+from mergekit_lite.boosting.candidates.candidate import NONE, ItemRow, Params, Rivals
 from mergekit_lite.boosting.search.point import Point, Settings, point
 from mergekit_lite.boosting.search.study import Study
 from tests.boost.synthetic import measure
@@ -19,7 +19,9 @@ class Thinking:
         self.items: Sequence[str] = [f"q{number}" for number in range(60)]
         self.thinks = thinks
 
-    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
+    def measure(
+        self, params: Params, items: Sequence[str], wanted: frozenset[str], rivals: Rivals = NONE
+    ) -> Iterator[ItemRow]:
         for item in sorted(wanted):
             number, alpha = int(item[1:]), params["alpha"]
             thoughts = f"<think>\n{'so ' * number * int(alpha) * self.thinks}\n</think>\n\n" if self.thinks else ""

@@ -151,6 +151,7 @@ def choose_tab(places: Places) -> None:
         answers,
         api_visibility="private",
         show_progress="hidden",
+        trigger_mode="always_last",  # else what is chosen while the page still answers is lost
     )
     chat_part(places, base, tuned)
 
