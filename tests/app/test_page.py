@@ -316,6 +316,7 @@ def test_by_keyboard_alone(page: Page, root: Path) -> None:
     go(tab.format(2))
     page.keyboard.press("Enter")
     go("#recipe .cm-content")
+    expect(page.locator("#template [role=listbox]")).to_be_hidden()  # it was passed by
     page.keyboard.press("Control+A")
     page.keyboard.insert_text(RIGHT)
     expect(page.locator("#plan .plan")).to_contain_text("ties")

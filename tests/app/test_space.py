@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -245,6 +246,12 @@ def test_from_a_name_of_the_hub_to_a_download(hub: Hub, tmp_path: Path) -> None:
         server.address = f"https://{HOST}/"
         proxied: dict[str, Any] = {"ignore_https_errors": True, "extra_http_headers": {"x-forwarded-proto": "https"}}
         with at(browser, server, **proxied) as page, at(browser, server, **proxied) as other:
+            assert page.get_by_role("tab").all_inner_texts() == ["Models", "Recipe", "Run"]
+            made = re.findall(
+                r'"elem_id": ?"([\w-]+)"', page.evaluate("fetch('/config').then(answer => answer.text())")
+            )
+            assert "predict" in made  # and nothing to push, to download into the cache, or to choose by
+            assert not [each for each in made if each.startswith(("hub", "push", "choose", "chat", "stream", "resume"))]
             page.locator("#models textarea, #models input").fill("org/base org/math")
             page.locator("#inspect").click()
             expect(page.locator("#told")).to_contain_text("mergekit-lite inspect org/math --stream")

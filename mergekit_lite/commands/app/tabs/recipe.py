@@ -107,7 +107,7 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
         on(plan.then, timed, text, time, show_progress="hidden")
     for number, slider in enumerate(sliders):
         on(slider.input, moved(number), [text, slider], text, **quick)
-    on(template.input, of_template, template, text)
+    on(template.input, of_template, template, text, show_progress="hidden")
     return text
 
 
