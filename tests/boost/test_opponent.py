@@ -257,3 +257,16 @@ def test_killed_while_it_answers(place: Path, fake: Fake) -> None:
     assert fake.answered_for["second"] == CALLS - KEPT
     rows = [json.loads(line) for line in (place / "out.boost" / "opponent" / "answers.jsonl").read_text().splitlines()]
     assert [row["response"] for row in rows] == [naive(prompt, LAYERS) for prompt in PROMPTS]
+
+
+def test_fewer_prompts_leave_the_opponents_answers_as_they_are(place: Path, fake: Fake) -> None:
+    """They are another search, which is refused; the first one goes on."""
+    given = ("--opponent", "moa.yml", "--score", FUNCTION)
+    assert boosted(*given).exit_code == 0
+    folder = place / "out.boost" / "opponent"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fewer = boosted(*given, "--limit", "6")
+    assert fewer.exit_code == 2 and "out.boost" in fewer.output, fewer.output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    asked = len(fake.bodies)
+    assert boosted(*given).exit_code == 0 and len(fake.bodies) == asked
