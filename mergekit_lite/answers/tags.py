@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-TAG = re.compile(r"<(/?)([a-z][a-z_]*)>")
+TAG = re.compile(r"<(/?)([A-Za-z][\w-]*)>")
 
 
 def end_of_tags(tags: Collection[str], texts: Collection[str]) -> str:

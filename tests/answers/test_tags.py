@@ -47,3 +47,10 @@ def test_harmless_texts_leave_the_words_as_they_are(words: str) -> None:
 
 def test_words_without_tags_and_with_braces() -> None:
     assert filled("{{a}} {answer}", answer="</answer> {x}") == "{a} </answer> {x}"
+
+
+@pytest.mark.parametrize("tag", ["Answer", "answer1", "answer-a"])
+def test_tags_of_the_users_own_words(tag: str) -> None:
+    answer = f"x</{tag.upper()}>y"
+    told = filled(f"<{tag}>\n{{answer}}\n</{tag}>", answer=answer)
+    assert told == f"<{tag}-2>\n{answer}\n</{tag}-2>"

@@ -257,3 +257,53 @@ def test_killed_while_it_answers(place: Path, fake: Fake) -> None:
     assert fake.answered_for["second"] == CALLS - KEPT
     rows = [json.loads(line) for line in (place / "out.boost" / "opponent" / "answers.jsonl").read_text().splitlines()]
     assert [row["response"] for row in rows] == [naive(prompt, LAYERS) for prompt in PROMPTS]
+
+
+def test_fewer_prompts_leave_the_opponents_answers_as_they_are(place: Path, fake: Fake) -> None:
+    """They are another search, which is refused; the first one goes on."""
+    given = ("--opponent", "moa.yml", "--score", FUNCTION)
+    assert boosted(*given).exit_code == 0
+    folder = place / "out.boost" / "opponent"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fewer = boosted(*given, "--limit", "6")
+    assert fewer.exit_code == 2 and "out.boost" in fewer.output, fewer.output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    asked = len(fake.bodies)
+    assert boosted(*given).exit_code == 0 and len(fake.bodies) == asked
+
+
+@pytest.mark.slow
+def test_a_score_against_it_beside_one_against_the_baseline(place: Path, fake: Fake) -> None:
+    """Both by a judge that likes short answers, in one process and in two; constants, which are long, lose."""
+
+    def shorter(body: dict[str, Any]) -> str:
+        if body["model"] != "judge":
+            return reply(body)
+        text = str(body["messages"][-1]["content"])
+        first, second = (len(text.split(f"<answer_{at}>\n")[1].split(f"\n</answer_{at}>")[0]) for at in "ab")
+        return f"Better: {'tie' if first == second else 'A' if first < second else 'B'}"
+
+    fake.reply = shorter
+    judge = f"pairwise:judge,server={fake.url}"
+    found = []
+    for output, more in (("one", ()), ("two", ("--parallel", "2"))):
+        scores = ("--score", judge, "--score", f"{judge},against=rivals,name=duel")
+        ran = boosted("--opponent", "moa.yml", *scores, "--study", output, *more)
+        assert ran.exit_code == 0, ran.output
+        rows = {
+            alpha: {row["item"]: row for row in map(json.loads, path.read_text().splitlines())}
+            for alpha in (0, 25)
+            for path in [place / output / "candidates" / f"alpha={alpha}.jsonl"]
+        }
+        found.append({alpha: {item: row["values"] for item, row in of.items()} for alpha, of in rows.items()})
+        for prompt in PROMPTS:
+            item, base = prompt["id"], rows[0][prompt["id"]]["text"]
+            for of in rows.values():
+                ours = len(of[item]["text"])
+                others = {"pairwise": naive(prompt, LAYERS), "duel": base}
+                expected = {
+                    name: 0.5 + ((ours < len(other)) - (ours > len(other))) / 2 for name, other in others.items()
+                }
+                assert of[item]["values"] == expected, item
+    assert found[0] == found[1]
+    assert {value["duel"] for value in found[0][25].values()} != {0.5}

@@ -108,10 +108,10 @@ def _contest(judged: Judged, against: Against) -> list[tuple[Comparison, Compari
 
 def _score(contest: Sequence[tuple[Comparison, Comparison]], margins: Margins, by: str) -> Score:
     both = [(margins.get(ours, 0.0), margins.get(theirs, 0.0)) for ours, theirs in contest]
-    if by == "logits":
-        return finite(math.fsum(first - second for first, second in both) / (len(both) + 1))
     if not all(math.isfinite(margin) for each in both for margin in each):
         return finite(math.nan)
+    if by == "logits":
+        return finite(math.fsum(first - second for first, second in both) / (len(both) + 1))
     equal = [ours.first == ours.second for ours, _ in contest]
     won = [0.5 if same else ((first > 0) + (second < 0)) / 2 for same, (first, second) in zip(equal, both, strict=True)]
     return Score(math.fsum(won) / len(won))

@@ -100,9 +100,15 @@ class PairRanker:
         return Tokens(source, tuple(token for answer in answers for token in answer))
 
     def _part(self, mark: str, text: str, most: int) -> tuple[int, ...]:
+        """Return a text behind its mark, between [CLS] and [SEP], of ``most`` tokens at most."""
         for token in (self.tokenizer.sep_token, *MARKS):
             text = text.replace(token, " ")
-        return tuple(self.tokenizer(mark + text, truncation=True, max_length=most)["input_ids"])
+        ids = self.tokenizer(mark + text)["input_ids"]
+        if ids[1] != self.marks[mark]:  # normalised, a combining sign is one with the end of the mark
+            ids = self.tokenizer(f"{mark} {text}")["input_ids"]
+        taken = {*self.marks.values(), self.tokenizer.sep_token_id}  # normalised, ＜|source|＞ is a mark
+        words = [token for token in ids[2:-1] if token not in taken]
+        return (*ids[:2], *words[: most - 3], ids[-1])
 
     def _margins(self, rows: Sequence[Tokens]) -> list[float]:
         import torch
@@ -144,7 +150,8 @@ def load(
         _own_layout(path, said, backbone) if "ranker_type" in said else _transformers(path, said, backbone)
     )
     marks = {mark: tokenizer.get_vocab().get(mark, -1) for mark in MARKS}
-    config.vocab_size = opened.tensors[EMBEDDINGS].shape[0] if EMBEDDINGS in opened.tensors else 0
+    if EMBEDDINGS in opened.tensors and (shape := opened.tensors[EMBEDDINGS].shape):
+        config.vocab_size = shape[0]
     lengths = Lengths(
         _length(path, said, source, "source_maxlength", SOURCE),
         _length(path, said, answer, "candidate_maxlength", ANSWER),
@@ -165,11 +172,14 @@ def _wrong_marks(
             yield f"the tokenizer has no {mark}"
         elif said.get(key, token) != token:
             yield f"the configuration has {said[key]!r} as {key}, and the tokenizer writes {mark} as {token}"
-        elif rows and token >= rows:
+        elif token >= rows:
             yield f"the tokenizer writes {mark} as {token}, and the embeddings have {rows:,} rows"
-    begun = tokenizer(MARKS[0] + "a")["input_ids"]
-    if tokenizer.sep_token is None or [begun[1], begun[-1]] != [marks[MARKS[0]], tokenizer.sep_token_id]:
-        yield "the tokenizer doesn't write a text between one token and [SEP]"
+        elif tokenizer.sep_token is None or not _between(tokenizer(mark + "a")["input_ids"], token, tokenizer):
+            yield f"the tokenizer doesn't write a text behind {mark} between one token and [SEP]"
+
+
+def _between(ids: Sequence[int], mark: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return [*ids[1:2], *ids[-1:]] == [mark, tokenizer.sep_token_id]
 
 
 def _too_long(config: PretrainedConfig, lengths: Lengths) -> Iterator[str]:

@@ -77,7 +77,8 @@ def answers_of(opponent: ToAnswer, reports: Reports) -> dict[str, str]:
     """
     folder = opponent.output.parents[1]
     check_folder(folder)
-    if (folder / "study.json").exists() and any(each.done < each.calls for each in opponent.calls()):
+    begun = (folder / "study.json").exists()
+    if begun and any(each.done < each.calls for each in opponent.calls()):
         raise UsageError(
             f"{folder} holds a search against other answers: the opponent or the prompts are not those that they were. "
             "Give another -o, or remove it."
@@ -86,7 +87,8 @@ def answers_of(opponent: ToAnswer, reports: Reports) -> dict[str, str]:
     if found.missing:
         title = "Answers of the opponent are missing; all replies that came are kept"
         raise RunError(f"{listing(title, found.missing)}\nThe same command goes on and asks for what is missing.")
-    write_answers(opponent, found)
+    if not begun:  # a search that is there has its own, and fewer prompts may be those of another one
+        write_answers(opponent, found)
     asked = counted(found.asked.total(), "call")
     reports.line(f"opponent {opponent.recipe.name}: {counted(len(found.items), 'answer')}, by {asked} in this run")
     if cut := cut_in(found):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from mergekit_lite.answers.loading import placed
 from mergekit_lite.answers.rows import Message, Prompt
+from mergekit_lite.answers.scorers import pair_rm
 from mergekit_lite.answers.scorers.pair_rm import source_of, whole_answer
-from mergekit_lite.answers.scoring.pair_ranker import MARKS, Comparison, PairRanker, load
+from mergekit_lite.answers.scoring.pair_ranker import EMBEDDINGS, MARKS, Comparison, PairRanker, load
 from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.answers.scoring.rivals import meets_rivals
 from mergekit_lite.answers.scoring.scorer import Judged, Score, ScorerSettings
@@ -86,6 +90,21 @@ def test_margins_of_llm_blender(ranker: PairRanker, batch_size: int) -> None:
 def test_the_class_for_transformers_says_the_same(ranker: PairRanker) -> None:
     pairs = [Comparison(case["source"], *case["candidates"][:2]) for case in SAID["cases"]]
     np.testing.assert_allclose(ranker.compare(pairs, 8), SAID["class"], atol=5e-6)
+
+
+def test_a_margin_is_the_formula(ranker: PairRanker) -> None:
+    """Naively: one pair at a time, its head in float64 from the file's tensors, marks found by their places."""
+    tensors = {name: tensor.double().numpy() for name, tensor in tiny.ranker_tensors().items()}
+    w, u, v, c = (tensors[f"head_layer.{part}"] for part in ("1.weight", "1.bias", "4.weight", "4.bias"))
+    pairs = [Comparison("What is one and one?", first, second) for first in ANSWERS for second in ANSWERS]
+    for pair, margin in zip(pairs, ranker.compare(pairs, 7), strict=True):
+        parts = [ranker.tokenizer(mark + text)["input_ids"] for mark, text in zip(MARKS[:3], pair, strict=True)]
+        with torch.no_grad():
+            hidden = ranker.model(torch.tensor([[*chain(*parts)]])).last_hidden_state[0].double().numpy()
+        starts = np.cumsum([0, *map(len, parts[:2])]) + 1
+        source, *answers = hidden[starts]
+        first, second = (v @ np.tanh(w @ np.concatenate([source, answer]) + u) + c for answer in answers)
+        np.testing.assert_allclose(margin, (first - second).mean(), atol=5e-6)
 
 
 def test_scores_and_ranks_of_llm_blender(model: Path) -> None:
@@ -183,6 +202,38 @@ def test_an_answer_cannot_pass_for_the_other_one(ranker: PairRanker) -> None:
         assert told == plain
 
 
+@pytest.fixture
+def normalising(tmp_path: Path) -> PairRanker:
+    """A ranker whose tokenizer makes one of signs that look alike, as DeBERTa's does, and would cut at the left."""
+    folder = tiny.write_for_transformers(tmp_path / "ranker")
+    change(folder / "tokenizer.json", normalizer={"type": "NFKC"})
+    change(folder / "tokenizer_config.json", truncation_side="left")
+    return load(str(folder), placed("cpu", None), None, SOURCE, ANSWER)
+
+
+def change(path: Path, **entries: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_signs_that_look_like_marks_are_none(normalising: PairRanker) -> None:
+    wide = [mark.replace("<", "＜").replace("|", "｜") for mark in MARKS]
+    marks = [normalising.marks[mark] for mark in MARKS[:3]]
+    for text in ("".join(wide), *wide, "\u0338two", "a" * 99):
+        told = normalising.tokens(Comparison(text, text, text))
+        found = [token for token in (*told.prompt, *told.response) if token in normalising.marks.values()]
+        assert found == marks, text
+        assert (told.prompt[1], told.response[1]) == (marks[0], marks[1])
+        assert len(normalising.compare([Comparison(text, text, "two")], 1)) == 1
+
+
+@pytest.mark.parametrize("by", ["logits", "wins"])
+def test_no_score_of_margins_that_are_not_finite(by: str) -> None:
+    contest = [(Comparison("Hm", "a", other), Comparison("Hm", other, "a")) for other in "bc"]
+    (first, _), (second, _) = contest
+    found = pair_rm._score(contest, {first: math.inf, second: -math.inf}, by)
+    assert found.value is None and "nan" in found.why
+
+
 def broken(folder: Path, how: str) -> str | None:
     """Write a ranker that is wrong in one way; return its backbone."""
     tensors = tiny.ranker_tensors()
@@ -201,6 +252,15 @@ def broken(folder: Path, how: str) -> str | None:
     elif how == "both":
         tiny.write_for_transformers(folder)
         return str(folder)
+    elif how == "word":
+        tiny.write_for_transformers(folder)
+        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        words = [{**token, "single_word": token["content"] == MARKS[1]} for token in added]
+        change(folder / "tokenizer.json", added_tokens=words)
+    elif how in ("number", "none"):
+        tiny.write_for_transformers(folder)
+        embeddings = tensors.pop(EMBEDDINGS)
+        save_file(tensors | ({EMBEDDINGS: embeddings[0, 0]} if how == "number" else {}), folder / "model.safetensors")
     else:
         tiny.write_for_transformers(folder)
         tensors["head_layer.1.weight"] = tensors["head_layer.1.weight"][:, :5].contiguous()
@@ -220,6 +280,9 @@ def broken(folder: Path, how: str) -> str | None:
         ("model", "is a bert: known backbones of pair rankers are deberta-v2"),
         ("places", "it knows 64 places, fewer than 1,224 tokens of a prompt and two answers of 412"),
         ("both", "leave the option `backbone` out"),
+        ("word", r"doesn't write a text behind <\|candidate1\|> between one token and"),
+        ("number", r"word_embeddings.weight has shape \(\), expected"),
+        ("none", "the weights have no pretrained_model.embeddings.word_embeddings.weight"),
         ("tensors", r"no head_layer.4.bias(.|\n)*stray in the weights(.|\n)*shape \(16, 5\), expected \(16, 32\)"),
     ],
 )
