@@ -71,12 +71,16 @@ def _wrong_written(at: KeyPath, written: Written) -> Iterator[Problem]:
     yield from wrong_model(at, written)
     for number, given in enumerate(written.of):
         yield from one_origin((*at, "of", number), given)
-    for name in GIVEN_FIELDS & written.lists.keys():
-        yield Problem((*at, "lists", name), f"{{{name}}} is of the prompts that 'of' gives: name the list otherwise")
+    for name in written.lists:
+        if name in GIVEN_FIELDS:
+            text = f"{{{name}}} is of the prompts that 'of' gives: name the list otherwise"
+            yield Problem((*at, "lists", name), text)
+        elif not name.isidentifier():
+            yield Problem((*at, "lists", name), "a field's name is of letters, digits and '_', with no digit first")
     try:
         fields = written.fields
     except ValueError as error:
-        yield Problem((*at, "request"), f"{error}: braces that are meant as such are written twice")
+        yield Problem((*at, "request"), str(error))
         return
     known = [*written.lists, *(sorted(GIVEN_FIELDS) if written.of else ())]
     for name in sorted(fields - {*known}):

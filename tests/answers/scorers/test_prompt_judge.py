@@ -52,7 +52,11 @@ def test_words_of_the_user() -> None:
         options = Options(prompt="{lowest}-{highest}: {conversation}", highest=9)
         assert PromptJudge(settings, options).score([Judged(prompt("a", "Is it 8?"), "")]) == [Score(8)]
     assert fake.bodies[0]["messages"][-1]["content"] == "1-9: system: Be kind.\n\nuser: Is it 8?"
-    for wrong, why in (("Grade it.", "would not see the prompt"), ("{conversation} {answer}", "no field 'answer'")):
+    for wrong, why in (
+        ("Grade it.", "would not see the prompt"),
+        ("{conversation} {answer}", "no field 'answer'"),
+        ("{conversation:d}", "has 'd' behind it"),
+    ):
         with pytest.raises(ValidationError, match=why):
             Options(prompt=wrong)
 
