@@ -177,9 +177,7 @@ def _ranked_by_prompts(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterato
     if pairing.ranking and all(kinds.get(name) == "prompt_judge" for name in pairing.ranking):
         text = f"{pairing.ranking[0]!r} grades prompts: all answers to one have the same score"
         if pairing.rule not in UNSCORED:
-            yield Problem(
-                (*at, "score"), f"{text}, so none is better. Rank by another scorer, with this one as a `veto`"
-            )
+            yield Problem(at, f"{text}, so none is better. Rank by another scorer, with this one as a `veto`")
         elif pairing.sft_rows.selects and pairing.sft_rows.by == "difficulty":
             yield Problem(at, f"{text}, so none is better than the student's")
 
