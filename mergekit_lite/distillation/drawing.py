@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_64_hexdigest
+
 from mergekit_lite.answers.asked_model import AskedModel
 from mergekit_lite.answers.asking import Notes, Task, reasons, repeated
 from mergekit_lite.answers.ledger import Ledger
@@ -72,7 +74,9 @@ def drawn(draws: Draws, reporter: Reporter, *, plan: bool) -> LoadedPrompts:
         )
         loaded = LoadedPrompts()
         for number in range(most):
-            loaded.add(_prompt(f"{draws.name} {number}", draws.domain), f"{draws.path}:{number + 1}")
+            loaded.add(
+                _prompt(f"{draws.path.parent.name} {draws.name} {number}", draws.domain), f"{draws.path}:{number + 1}"
+            )
         return loaded
     if not plan:
         _hold(draws)
@@ -150,10 +154,14 @@ def _hold(draws: Draws) -> None:
     """Save the settings of the draws. Raises UsageError where there are some that were drawn with others."""
     path, name = draws.path, draws.name
     exists = any(path.with_name(f"{name}{end}").exists() for end in (".jsonl", ".partial.jsonl"))
+    examples = draws.model.examples()
     settings = {
         "model": named(draws.model.model, draws.folder),
         "served": draws.model.is_served,
+        "engine": None if draws.model.engine == "transformers" else draws.model.engine,
+        "engine_options": draws.model.engine_options or None,
         "system": draws.model.system,
+        "in_context": examples and xxh3_64_hexdigest(examples.encode()),
         **draws.settings,
         **draws.model.sampling.model_dump(mode="json"),
     }

@@ -139,6 +139,9 @@ def test_what_they_depend_on_is_held(tmp_path: Path) -> None:
             with pytest.raises(UsageError, match=r"drawn in another way:\n  - requests: "):
                 settled(made(tmp_path, fake.url, **keys), Heard())
         again = made(tmp_path, fake.url)
+        (tmp_path / "rules.txt").write_text("# Rules\n")
+        with pytest.raises(UsageError, match=r"drawn in another way:\n  - in_context: was None"):
+            settled(made(tmp_path, fake.url, number=70, in_context="rules.txt"), Heard())
         (tmp_path / "kinds.txt").write_text("help\n")
         with pytest.raises(UsageError, match="drawn in another way"):
             settled(again, Heard())
@@ -192,11 +195,30 @@ def test_a_dry_run_asks_nobody(tmp_path: Path) -> None:
         assert "written: 60 prompts of 60 will be drawn from W" in " ".join(ran.output.split()) and not fake.bodies
 
 
+def test_a_dry_run_counts_with_all_draws_of_one_name(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/v1"
+    entries = [
+        {key: data(tmp_path, server=url, name="own") if key == "written" else magpie}
+        for key, magpie in (("written", None), ("magpie", {"model": "M", "server": url, "name": "own", "number": 40}))
+    ]
+    assert len(read(recipe(tmp_path, prompts=entries), Heard(), plan=True)) == 100
+
+
+def test_any_name_of_a_field(tmp_path: Path) -> None:
+    keys = {"request": "{Kind2} {größe}", "lists": {name: {"path": "kinds.txt"} for name in ("Kind2", "größe")}}
+    with fake_server(Fake(reply=numbered)) as fake:
+        settled(made(tmp_path, fake.url, **keys), Heard())
+    assert {*asked(fake)} == {f"{one} {other}" for one in KINDS for other in KINDS}
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"request": "{skills} {kind} {skill}"}, "no field 'skill': there are skills, kind"),
         ({"request": "{skills} {kind.x}"}, "no field 'kind.x'"),
+        ({"request": "{skills:d} {kind}"}, "the field 'skills' has 'd' behind it: a field is a name in braces"),
+        ({"request": "{skills!r} {kind}"}, "the field 'skills' has 'r' behind it"),
+        ({"request": "{skills} {kind.x}", "lists": {**LISTS, "kind.x": {"path": "kinds.txt"}}}, "a field's name is of"),
         ({"request": "{skills} {kind} {"}, "braces that are meant as such are written twice"),
         ({"request": "{skills}"}, "the request has no field {kind}, so this list has no effect"),
         ({"request": "{skills} {kind} {prompt}"}, "no field 'prompt'"),

@@ -72,16 +72,19 @@ class PromptJudge(Grader):
         words, low, high = QUESTIONS[options.of]
         form = FORM.replace("{low}", low).replace("{high}", high)
         self._words = options.prompt or f"{PROMPT}{words}{form}"
+        self._grades: dict[str, Score] = {}  # by prompt
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """Return the prompt's score for each answer, in order; the answers to a prompt are asked about once.
+        """Return the prompt's score for each answer, in order. A prompt that has a grade isn't asked about again.
 
         Raises:
             RunError: the server refuses, or has stopped answering.
         """
-        prompts = list({each.prompt.id: Judged(each.prompt, "") for each in judged}.values())
-        scores = super().score(prompts)
-        found = {each.prompt.id: score for each, score in zip(prompts, scores, strict=True)}
+        prompts = {each.prompt.id: each.prompt for each in judged}
+        absent = [Judged(prompt, "") for name, prompt in prompts.items() if name not in self._grades]
+        scores = {each.prompt.id: score for each, score in zip(absent, super().score(absent), strict=True)}
+        found = {**self._grades, **scores}
+        self._grades.update({name: score for name, score in scores.items() if score.value is not None})
         return [found[each.prompt.id] for each in judged]
 
     def _text(self, judged: Judged) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
-from string import Formatter
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -15,6 +14,7 @@ from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import Message, Prompt
 from mergekit_lite.answers.scoring.scorer import Positive, Score, Scorer, ScorerOptions, ScorerSettings
 from mergekit_lite.answers.server import Question, Server, ask
+from mergekit_lite.answers.tags import fields_of
 from mergekit_lite.errors import RunError, shortened
 
 THOUGHTS = "</think>"
@@ -58,10 +58,7 @@ def with_fields(prompt: str, fields: Collection[str], needed: Mapping[str, str])
     Raises:
         ValueError: they are not.
     """
-    try:
-        found = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"{error}: braces that are meant as such are written twice") from error
+    found = fields_of(prompt)
     unknown = [name for name in found if name not in fields]
     if unknown:
         raise ValueError(f"no field {unknown[0]!r}: there are {', '.join(fields)}; other braces are written twice")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -13,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from mergekit_lite.answers.asked_model import AskedModel, Name
 from mergekit_lite.answers.asking import PolicySampling
 from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.tags import fields_of
 
 Count = Annotated[int, Field(ge=1)]
-FieldName = Annotated[str, Field(pattern=r"^[a-z][a-z_]*$")]
 
 
 class Choosing(BaseModel):
@@ -80,7 +79,7 @@ class Written(AskedModel):
     name: Name = "written"  # of the files
     number: Count  # of requests, of which some replies are left out
     request: Annotated[str, Field(min_length=1)]  # with fields in braces: those of lists, and {prompt}, {reference}
-    lists: dict[FieldName, Drawn] = Field(default={})  # by field
+    lists: dict[str, Drawn] = Field(default={})  # by field
     of: tuple[Prompts, ...] = ()  # given prompts, which the requests have in turn
     shots: Count = 1  # of them in a request
     sampling: PolicySampling = PolicySampling()
@@ -88,7 +87,7 @@ class Written(AskedModel):
     @property
     def fields(self) -> frozenset[str]:
         """The fields of the request. Raises ValueError where its braces are no fields."""
-        return frozenset(name for _, name, _, _ in Formatter().parse(self.request) if name is not None)
+        return frozenset(fields_of(self.request))
 
 
 class ChosenPrompts(Prompts):

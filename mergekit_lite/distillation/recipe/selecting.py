@@ -71,12 +71,16 @@ def _wrong_written(at: KeyPath, written: Written) -> Iterator[Problem]:
     yield from wrong_model(at, written)
     for number, given in enumerate(written.of):
         yield from one_origin((*at, "of", number), given)
-    for name in GIVEN_FIELDS & written.lists.keys():
-        yield Problem((*at, "lists", name), f"{{{name}}} is of the prompts that 'of' gives: name the list otherwise")
+    for name in written.lists:
+        if name in GIVEN_FIELDS:
+            text = f"{{{name}}} is of the prompts that 'of' gives: name the list otherwise"
+            yield Problem((*at, "lists", name), text)
+        elif not name.isidentifier():
+            yield Problem((*at, "lists", name), "a field's name is of letters, digits and '_', with no digit first")
     try:
         fields = written.fields
     except ValueError as error:
-        yield Problem((*at, "request"), f"{error}: braces that are meant as such are written twice")
+        yield Problem((*at, "request"), str(error))
         return
     known = [*written.lists, *(sorted(GIVEN_FIELDS) if written.of else ())]
     for name in sorted(fields - {*known}):
@@ -156,6 +160,8 @@ def selections(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Proble
         if own.sft_rows.selects and not any(map(_has_sft, heirs)):
             yield Problem((*at, "sft_rows"), "'sft_rows' has no effect here: with sft_share 0 there are none")
         yield from _sft_rows(recipe, pairing, (*at, "sft_rows"))
+    if base or own.model_fields_set & {"rule", "score", "sft_rows"}:
+        yield from _ranked_by_prompts(recipe, pairing, (*at, "score") if "score" in own.model_fields_set else at)
     if pairing.needs_target and pairing.answers == "all" and recipe.train.before_preference is not None:
         for name in (each.name for each in recipe.scorers if each.name in pairing.ranking and meets_rivals(each)):
             text = (
@@ -163,6 +169,17 @@ def selections(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Proble
                 "such scores don't rank together. Take `answers: target`, or leave out the training before"
             )
             yield Problem((*at, "answers") if "answers" in own.model_fields_set else at, text)
+
+
+def _ranked_by_prompts(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
+    """Yield that a pairing compares the answers to a prompt by what is the same for all of them."""
+    kinds = {each.name: each.kind for each in recipe.scorers}
+    if pairing.ranking and all(kinds.get(name) == "prompt_judge" for name in pairing.ranking):
+        text = f"{pairing.ranking[0]!r} grades prompts: all answers to one have the same score"
+        if pairing.rule not in UNSCORED:
+            yield Problem(at, f"{text}, so none is better. Rank by another scorer, with this one as a `veto`")
+        elif pairing.sft_rows.selects and pairing.sft_rows.by == "difficulty":
+            yield Problem(at, f"{text}, so none is better than the student's")
 
 
 def _idle_rip(pairing: Pairing) -> str:
