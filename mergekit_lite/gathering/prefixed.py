@@ -121,7 +121,7 @@ def gather_statistics_plus(
     parts = _parts(layers, built, asked)
     recipe_of_prefix = replace(asked, dtype=None, out_dtype=plan.out_dtype)
     together = digest_of_merge(asked, opened)
-    run = [together, *sorted(model.examples.digest for model in models)]
+    run = [together, *sorted((model.source.identity().sample, model.examples.digest) for model in models)]
     prefix = Prefix(together, xxhash.xxh3_128_hexdigest(repr(run).encode()))
     tensors = [OutputTensor(read.name, DTYPE, (read.size, read.size)) for read in layers.inputs]
     with ExitStack() as stack:
@@ -172,7 +172,7 @@ def _outputs(recipe: Recipe, prompts: Mapping[str, object], force: bool) -> dict
     problems = [f"{model}: the recipe merges no such model" for model in prompts if model not in named]
     problems += [f"{model}: has no prompts: --prompts '{model}=FILE'" for model in named if not prompts.get(model)]
     paths = {model: Path(file).expanduser() for model, file in named.items() if file is not None}
-    if len(set(paths.values())) < len(paths):
+    if len({path.resolve() for path in paths.values()}) < len(paths):
         problems.append("two models name the same file of statistics")
     if problems:
         raise UsageError(listing("Statistics for RegMean++ can't be gathered", problems))

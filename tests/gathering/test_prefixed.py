@@ -282,6 +282,8 @@ def test_files_are_held_together_and_to_their_recipe(tmp_path: Path) -> None:
     gather_statistics_plus(again, files(models), limit=3)
     fewer = yaml.safe_load(again.read_text())["models"][1]["statistics"]
     assert "not gathered in one go" in problem(lambda r: r["models"][1].update(statistics=fewer))
+    gather_statistics_plus(again, dict(zip(models, (["1.jsonl"], ["0.jsonl"]), strict=True)), force=True)
+    assert "not gathered in one go" in problem(lambda r: r["models"][1].update(statistics=fewer))
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path: Path) -> None:
@@ -300,6 +302,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path:
         gather_statistics_plus(file, files(models[:1]))
     with pytest.raises(UsageError, match="gpt2-0: the recipe merges no such model"):
         gather_statistics_plus(file, files((*models, "gpt2-0")))
+    one = tmp_path / "one.yml"
+    one.write_text(file.read_text().replace("llama-1-1.safetensors", f"../{tmp_path.name}/llama-0-0.safetensors"))
+    with pytest.raises(UsageError, match="two models name the same file of statistics"):
+        gather_statistics_plus(one, files(models))
     words = ("statistics", file, "--plus", "--prompts")
     for more, text in (
         (("0.jsonl",), "it is MODEL=FILE"),
@@ -309,4 +315,4 @@ def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path:
         done = run(place, *words, *more)
         assert done.returncode == 2, done.stderr
         assert text in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["linear.yml", "mixed.yml", "r.yml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linear.yml", "mixed.yml", "one.yml", "r.yml"]
