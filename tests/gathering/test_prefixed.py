@@ -244,6 +244,36 @@ def test_a_killed_command_goes_on(place: Path, tmp_path: Path) -> None:
     assert passes == ["2", "2"]  # of three: the first layer's are there
 
 
+def kill_at_the_second_name() -> None:
+    """Let this process be killed when one file has its name."""
+    replace_file = Path.replace
+
+    def replaced_or_killed(self: Path, target: Path) -> Path:
+        if Path(target).name == "llama-1-1.safetensors":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace_file(self, target)
+
+    Path.replace = replaced_or_killed  # type: ignore[method-assign]
+
+
+def test_a_command_killed_between_two_names_goes_on(place: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, both("llama"))
+    words = ("statistics", file, "--plus", "--prompts", "llama-0=0.jsonl", "--prompts", "llama-1=1.jsonl")
+    assert run(place, *words, before=kill_at_the_second_name).returncode == -signal.SIGKILL
+    first = (tmp_path / "llama-0-0.safetensors").read_bytes()
+    assert not (tmp_path / "llama-1-1.safetensors").exists()
+    other = run(place, *words, "--limit", "2")
+    assert other.returncode == 2
+    assert "llama-0-0.safetensors exists" in other.stderr
+    done = run(place, *words)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"in (\d) passes", done.stderr + done.stdout) == ["0", "0"]
+    assert (tmp_path / "llama-0-0.safetensors").read_bytes() == first
+    names = ["llama-0-0.safetensors", "llama-1-1.safetensors", "r.yml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    mergekit_lite.plan_merge(yaml.safe_load(file.read_text()), "out")
+
+
 def test_files_are_held_together_and_to_their_recipe(tmp_path: Path) -> None:
     models = both("llama")
     file = recipe(tmp_path, models)
