@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite.answers.loading import context_of
 from mergekit_lite.answers.prompts import LoadedPrompts
 from mergekit_lite.checkpoint import open_checkpoint
-from mergekit_lite.checkpoint.formats.safetensors import SUFFIXES
 from mergekit_lite.checkpoint.statistics_file import DTYPE, Gram, Kind, Prefix, metadata_of
 from mergekit_lite.engine.devices import chosen_device, kind_of
 from mergekit_lite.errors import UsageError, counted, listing
 from mergekit_lite.gathering.examples import Examples, examples_of, prompts_in
 from mergekit_lite.gathering.options import Counted, Reading, StatisticsOptions
+from mergekit_lite.gathering.outputs import checked_output
 from mergekit_lite.layout import OutputTensor
 from mergekit_lite.options import named_options
 
@@ -106,7 +106,7 @@ def gather_statistics(
     loaded = prompts if isinstance(prompts, LoadedPrompts) else prompts_in(map(Path, prompts), how.response)
     device = chosen_device(how.device)
     source = open_checkpoint(str(model))
-    from mergekit_lite.gathering.working_file import WorkingFile  # with torch, as what follows
+    from mergekit_lite.gathering.working_file import WorkingFile, publish  # with torch, as what follows
     from mergekit_lite.resident.model import build, tokenizer_of
     from mergekit_lite.resident.weights import Weights
     from mergekit_lite.resident.whole import check_memory, check_tokens, plan_of_whole
@@ -128,7 +128,7 @@ def gather_statistics(
         for one in passes:
             for name, values in one(advance, file):
                 file.write(name, values)
-        file.publish()
+        publish([file])
     return Gathered(
         path=path,
         kind="fisher" if fisher else "gram",
@@ -150,17 +150,6 @@ def notes_on(loaded: LoadedPrompts, examples: Examples, context: int | None) -> 
     if examples.cut:
         notes.append(f"{counted(examples.cut, 'example')} cut at {context:,} tokens, what the model takes")
     return (*notes, *examples.notes)
-
-
-def checked_output(path: Path, force: bool) -> Path:
-    """Return the path of the output. Raises UsageError where no such file can be written, or one is there."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: statistics are a {SUFFIXES[0]} file: give the output a name that ends so.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"{path}: {'is a folder' if path.is_dir() else 'its folder is not there'}. Name another file.")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists. Name another file, or replace it by --force.")
-    return path
 
 
 def _grams(built: Built, source: Checkpoint, examples: Examples, device: str, how: Reading) -> _Work:

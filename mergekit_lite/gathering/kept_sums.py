@@ -20,7 +20,7 @@ from mergekit_lite.checkpoint.reader import bytes_of
 
 EVERY = 120.0  # seconds between two times of keeping, at least
 SHARE = 20  # times as long as keeping took: so it takes a twentieth of the time at most
-HEAD = 32 + 20 + 32  # bytes: the pass, how many batches are in the sums, a digest of the data
+HEAD = 32 + 20 + 32  # bytes: the pass, how many batches are in the sums, a digest of both and of the data
 
 
 class KeptSums:
@@ -40,7 +40,7 @@ class KeptSums:
             try:
                 head = bytes(positioned.read_bytes(descriptor, HEAD, 0)).decode("ascii")
                 if head[:32] == self._pass and os.fstat(descriptor).st_size == size:
-                    digest = xxhash.xxh3_128()
+                    digest = xxhash.xxh3_128(head[:52].encode())
                     for data, begin, target in _on_cpu(sums):
                         _read(descriptor, data, begin)
                         digest.update(data)
@@ -59,26 +59,29 @@ class KeptSums:
         started = time.monotonic()
         if started < self._due:
             return
-        with suppress(OSError):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            descriptor = positioned.open_file(self._new, flags, links=False)
-            try:
-                digest = xxhash.xxh3_128()
-                for data, begin, _ in _on_cpu(sums):
-                    digest.update(data)
-                    _write(descriptor, data, begin)
-                _write(descriptor, memoryview(f"{self._pass}{batches:020}{digest.hexdigest()}".encode()), 0)
-            finally:
-                os.close(descriptor)
+        try:
+            self._write(sums, f"{self._pass}{batches:020}")
             self._new.replace(self._path)
+        except OSError:
+            _removed(self._new)  # the results need the room
         now = time.monotonic()
         self._due = now + max(EVERY, SHARE * (now - started))
 
     def discard(self) -> None:
         """Remove what was kept."""
-        for path in (self._new, self._path):
-            with suppress(OSError):
-                path.unlink()
+        _removed(self._new)
+        _removed(self._path)
+
+    def _write(self, sums: Sequence[torch.Tensor], what: str) -> None:
+        descriptor = positioned.open_file(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, links=False)
+        try:
+            digest = xxhash.xxh3_128(what.encode())
+            for data, begin, _ in _on_cpu(sums):
+                digest.update(data)
+                _write(descriptor, data, begin)
+            _write(descriptor, memoryview(f"{what}{digest.hexdigest()}".encode()), 0)
+        finally:
+            os.close(descriptor)
 
 
 def _on_cpu(sums: Sequence[torch.Tensor]) -> Iterator[tuple[memoryview, int, torch.Tensor]]:
@@ -102,3 +105,8 @@ def _write(descriptor: int, data: memoryview, place: int) -> None:
     done = 0
     while done < len(data):
         done += positioned.write(descriptor, data[done:], place + done)
+
+
+def _removed(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

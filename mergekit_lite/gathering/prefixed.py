@@ -30,8 +30,9 @@ from mergekit_lite.checkpoint.statistics_file import DTYPE, Prefix
 from mergekit_lite.engine.devices import chosen_device
 from mergekit_lite.errors import UsageError, listing
 from mergekit_lite.gathering.examples import Examples, examples_of, prompts_in
-from mergekit_lite.gathering.gathering import INSTEAD, Gathered, checked_output, metadata, notes_on
+from mergekit_lite.gathering.gathering import INSTEAD, Gathered, metadata, notes_on
 from mergekit_lite.gathering.options import Counted, Reading, StatisticsOptions
+from mergekit_lite.gathering.outputs import checked_output
 from mergekit_lite.layout import OutputTensor
 from mergekit_lite.methods import METHODS
 from mergekit_lite.options import named_options
@@ -103,7 +104,7 @@ def gather_statistics_plus(
     device = chosen_device(how.device)
     opened = {reference: open_checkpoint(reference) for reference in asked.models}
     from mergekit_lite.gathering.layers import linear_layers
-    from mergekit_lite.gathering.working_file import WorkingFile
+    from mergekit_lite.gathering.working_file import WorkingFile, publish
     from mergekit_lite.resident.model import build
     from mergekit_lite.resident.weights import Weights
     from mergekit_lite.resident.whole import check_memory, plan_of_whole
@@ -121,7 +122,7 @@ def gather_statistics_plus(
     parts = _parts(layers, built, asked)
     recipe_of_prefix = replace(asked, dtype=None, out_dtype=plan.out_dtype)
     together = digest_of_merge(asked, opened)
-    run = [together, *sorted(model.examples.digest for model in models)]
+    run = [together, *sorted((model.source.identity().sample, model.examples.digest) for model in models)]
     prefix = Prefix(together, xxhash.xxh3_128_hexdigest(repr(run).encode()))
     tensors = [OutputTensor(read.name, DTYPE, (read.size, read.size)) for read in layers.inputs]
     with ExitStack() as stack:
@@ -142,8 +143,7 @@ def gather_statistics_plus(
             weights.set(_merged(recipe_of_prefix, partial, opened), frozenset(names))
 
         _go_through(parts, models, files, weights, layers, how, merge)
-        for file in files:
-            file.publish()
+        publish(files)
     return tuple(
         Gathered(
             path=model.output,
@@ -172,7 +172,7 @@ def _outputs(recipe: Recipe, prompts: Mapping[str, object], force: bool) -> dict
     problems = [f"{model}: the recipe merges no such model" for model in prompts if model not in named]
     problems += [f"{model}: has no prompts: --prompts '{model}=FILE'" for model in named if not prompts.get(model)]
     paths = {model: Path(file).expanduser() for model, file in named.items() if file is not None}
-    if len(set(paths.values())) < len(paths):
+    if len({path.resolve() for path in paths.values()}) < len(paths):
         problems.append("two models name the same file of statistics")
     if problems:
         raise UsageError(listing("Statistics for RegMean++ can't be gathered", problems))

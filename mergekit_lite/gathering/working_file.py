@@ -20,6 +20,7 @@ from mergekit_lite.answers.rows import not_written
 from mergekit_lite.checkpoint.reader import bytes_of
 from mergekit_lite.errors import UsageError
 from mergekit_lite.gathering.kept_sums import KeptSums
+from mergekit_lite.gathering.outputs import is_there, ledger_of
 from mergekit_lite.layout import OutputTensor, safetensors_layout
 from mergekit_lite.output.file_writer import reserve
 
@@ -33,7 +34,7 @@ class WorkingFile:
         """Take up what an earlier run of the same work left; ``force`` drops what one of other work did.
 
         Raises:
-            UsageError: another's unfinished work is there.
+            UsageError: another's unfinished work is there, or another's finished file and no ``force``.
             RunError: the file can't be written, or another process is at it.
         """
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
@@ -42,7 +43,7 @@ class WorkingFile:
         [self._file] = self._layout.files
         work = xxhash.xxh3_128_hexdigest(self._file.header)
         self._ledger = Ledger(
-            path.with_name(f"{path.name}.done.jsonl"),
+            ledger_of(path),
             [(work, tensor.name) for tensor in tensors],
             key=lambda row: (row["work"], row["name"]),
             fields={"work": str, "name": str, "digest": str},
@@ -76,10 +77,16 @@ class WorkingFile:
         """Return where the sums of a pass are kept while it is on; ``what`` tells it from other passes of this work."""
         return KeptSums(self.path.with_name(f"{self.path.name}.sums"), (self._work, *what))
 
-    def publish(self) -> None:
-        """Give the complete file its name. Raises RunError."""
+    def name(self) -> None:
+        """Give the complete file its name; it is still known as this work's. Raises RunError."""
         try:
             self.partial.replace(self.path)
+        except OSError as error:
+            raise not_written(self.path, error) from error
+
+    def clear(self) -> None:
+        """Remove what was beside the file until it was complete. Raises RunError."""
+        try:
             self.sums().discard()
             self._ledger.discard()
         except OSError as error:
@@ -89,12 +96,15 @@ class WorkingFile:
         """Open the partial file, of its full size, with its header."""
         self._ledger.append([])  # takes the lock: nobody else is at the file
         header = self._file.header
+        if not self.partial.exists() and self.path.exists():
+            if self._ledger.keys and (descriptor := self._of_this_work(self.path)) is not None:
+                os.close(descriptor)
+                self.path.replace(self.partial)  # it got its name, and the others that belong to it did not
+            elif not force:
+                raise is_there(self.path)
         if self.partial.exists():
-            descriptor = positioned.open_file(self.partial, os.O_RDWR, links=False)
-            is_same = positioned.read_bytes(descriptor, len(header), 0) == header
-            if is_same and os.fstat(descriptor).st_size == self._file.size:
+            if (descriptor := self._of_this_work(self.partial)) is not None:
                 return descriptor
-            os.close(descriptor)
             if not force:
                 raise UsageError(
                     f"{self.partial} is unfinished and of other work: another model, other prompts or options. Remove "
@@ -108,6 +118,16 @@ class WorkingFile:
             raise
         positioned.write(descriptor, memoryview(header), 0)
         return descriptor
+
+    def _of_this_work(self, path: Path) -> int | None:
+        """Open a file that is of the same work; return its descriptor, else None."""
+        header = self._file.header
+        descriptor = positioned.open_file(path, os.O_RDWR, links=False)
+        is_same = positioned.read_bytes(descriptor, len(header), 0) == header
+        if is_same and os.fstat(descriptor).st_size == self._file.size:
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def _missing(self) -> frozenset[str]:
         """Return the names of the tensors that are not in the file yet, or no longer as they were written."""
@@ -129,3 +149,11 @@ class WorkingFile:
 
     def _place(self, name: str) -> int:
         return self._layout.place(name)[1]
+
+
+def publish(files: Sequence[WorkingFile]) -> None:
+    """Give complete files their names. All have them before any is cleared, so that a kill between loses no work."""
+    for file in files:
+        file.name()
+    for file in files:
+        file.clear()

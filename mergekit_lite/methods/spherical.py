@@ -32,6 +32,7 @@ from mergekit_lite.ops.torch_ops import deltas
 
 STRAIGHT = 1 - 0.9995**2  # of sin² θ, up to which slerp takes the straight line
 PARALLEL = 1e-16  # up to which nuslerp does
+CANCELLED = 1e-6  # of a sum of weights, below which it is none (as in mergekit)
 
 
 def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals]:
@@ -60,9 +61,9 @@ def _in_turn(weights: tuple[float, ...], products: Totals) -> list[Totals]:
     coefficients = [np.ones(products.shape[2:])]
     for number in range(1, len(weights)):
         total = sum(weights[: number + 1])
-        t = weights[number] / total if total != 0 else 1 / (number + 1)
+        t = weights[number] / total if abs(total) >= CANCELLED else 1 / (number + 1)
         met = np.stack(coefficients)
-        square = np.einsum("i...,ij...,j...->...", met, products[:number, :number], met)
+        square = np.einsum("i...,ij...,j...->...", met, products[:number, :number], met).clip(min=0)  # NaN stays
         across = np.einsum("i...,i...->...", met, products[:number, number])
         a, b = _on_arc(t, np.stack([square, products[number, number], across]), PARALLEL)
         coefficients = [*(a * each for each in coefficients), b]
@@ -107,7 +108,8 @@ def nuslerp(
     """Interpolate along the sphere between models, or what they add to a base, at the place their weights give.
 
     Args:
-        weight: of each model; only their ratios count. Weights that sum to zero mean equal ones.
+        weight: of each model; only their ratios count. Weights that sum to less than 1e-6 mean equal ones, as
+            in mergekit.
         nuslerp_flatten: the whole tensor is one vector.
         nuslerp_row_wise: where not: vectors run along the first axis instead of the last (sic, as in mergekit).
     """

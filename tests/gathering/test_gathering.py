@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_lite import Gathered, RunError, UsageError, gather_statistics
+from mergekit_lite import Gathered, RunError, UsageError, gather_statistics, positioned
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.checkpoint.statistics_file import Gram, open_statistics
 from mergekit_lite.gathering import kept_sums, working_file
@@ -203,17 +204,31 @@ def test_kept_sums_are_taken_up_to_the_bit_or_not_at_all(tmp_path: Path, monkeyp
     assert taken("this") == 12
     assert taken("other") == 0
     content = bytearray(file.read_bytes())
-    for damaged in (
-        bytes([*content[:-1], content[-1] ^ 1]),
-        content[:-1],
-        b"",
-        content[:32] + b"x" * 52 + content[84:],
-    ):
+    flipped = (bytes([*content[:at], content[at] ^ 1, *content[at + 1 :]]) for at in range(len(content)))
+    for damaged in (*flipped, content[:-1], content + b"x", b"", content[:32] + b"x" * 52 + content[84:]):
         file.write_bytes(damaged)
         assert taken("this") == 0
     kept_sums.KeptSums(file, "this").discard()
     assert taken("this") == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_gets_back_the_room_that_sums_did_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_sums, "EVERY", 0)
+    file, sums = tmp_path / "out.sums", [torch.ones(7), torch.ones(5)]
+    kept_sums.KeptSums(file, "this").keep(sums, 12)
+    write, left = positioned.write, [1]
+
+    def full(descriptor: int, data: memoryview, place: int) -> int:
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] -= 1
+        return write(descriptor, data, place)
+
+    monkeypatch.setattr(positioned, "write", full)
+    kept_sums.KeptSums(file, "this").keep(sums, 13)
+    assert list(tmp_path.iterdir()) == [file]
+    assert kept_sums.KeptSums(file, "this").take_up(sums) == 12
 
 
 def test_what_was_damaged_meanwhile_is_made_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,36 @@ def test_a_killed_command_goes_on(place: Path, tmp_path: Path) -> None:
     assert passes == ["2", "2"]  # of three: the first layer's are there
 
 
+def kill_at_the_second_name() -> None:
+    """Let this process be killed when one file has its name."""
+    replace_file = Path.replace
+
+    def replaced_or_killed(self: Path, target: Path) -> Path:
+        if Path(target).name == "llama-1-1.safetensors":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace_file(self, target)
+
+    Path.replace = replaced_or_killed  # type: ignore[method-assign]
+
+
+def test_a_command_killed_between_two_names_goes_on(place: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, both("llama"))
+    words = ("statistics", file, "--plus", "--prompts", "llama-0=0.jsonl", "--prompts", "llama-1=1.jsonl")
+    assert run(place, *words, before=kill_at_the_second_name).returncode == -signal.SIGKILL
+    first = (tmp_path / "llama-0-0.safetensors").read_bytes()
+    assert not (tmp_path / "llama-1-1.safetensors").exists()
+    other = run(place, *words, "--limit", "2")
+    assert other.returncode == 2
+    assert "llama-0-0.safetensors exists" in other.stderr
+    done = run(place, *words)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"in (\d) passes", done.stderr + done.stdout) == ["0", "0"]
+    assert (tmp_path / "llama-0-0.safetensors").read_bytes() == first
+    names = ["llama-0-0.safetensors", "llama-1-1.safetensors", "r.yml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    mergekit_lite.plan_merge(yaml.safe_load(file.read_text()), "out")
+
+
 def test_files_are_held_together_and_to_their_recipe(tmp_path: Path) -> None:
     models = both("llama")
     file = recipe(tmp_path, models)
@@ -282,6 +312,8 @@ def test_files_are_held_together_and_to_their_recipe(tmp_path: Path) -> None:
     gather_statistics_plus(again, files(models), limit=3)
     fewer = yaml.safe_load(again.read_text())["models"][1]["statistics"]
     assert "not gathered in one go" in problem(lambda r: r["models"][1].update(statistics=fewer))
+    gather_statistics_plus(again, dict(zip(models, (["1.jsonl"], ["0.jsonl"]), strict=True)), force=True)
+    assert "not gathered in one go" in problem(lambda r: r["models"][1].update(statistics=fewer))
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path: Path) -> None:
@@ -300,6 +332,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path:
         gather_statistics_plus(file, files(models[:1]))
     with pytest.raises(UsageError, match="gpt2-0: the recipe merges no such model"):
         gather_statistics_plus(file, files((*models, "gpt2-0")))
+    one = tmp_path / "one.yml"
+    one.write_text(file.read_text().replace("llama-1-1.safetensors", f"../{tmp_path.name}/llama-0-0.safetensors"))
+    with pytest.raises(UsageError, match="two models name the same file of statistics"):
+        gather_statistics_plus(one, files(models))
     words = ("statistics", file, "--plus", "--prompts")
     for more, text in (
         (("0.jsonl",), "it is MODEL=FILE"),
@@ -309,4 +345,4 @@ def test_what_is_wrong_is_said_before_anything_is_written(place: Path, tmp_path:
         done = run(place, *words, *more)
         assert done.returncode == 2, done.stderr
         assert text in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["linear.yml", "mixed.yml", "r.yml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linear.yml", "mixed.yml", "one.yml", "r.yml"]

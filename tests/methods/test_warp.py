@@ -59,6 +59,28 @@ def test_unequal_weights_are_shares_of_the_weights_so_far() -> None:
     np.testing.assert_allclose(merged - BASE, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("how", [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}])
+def test_weights_that_cancel_but_for_rounding_mean_equal_ones(how: dict[str, bool]) -> None:
+    base, *tuned = (each.view(2, 2) for each in (BASE, *policies(3)))
+    equal = merge_tensors("nuslerp", base, tuned[:2], weight=1, **how)
+    cancelled = merge_tensors("nuslerp", base, tuned[:2], weight=[0.1 + 0.2, -0.3], **how)
+    np.testing.assert_allclose(cancelled, equal, atol=1e-12)
+    met = merge_tensors("nuslerp", base, [equal, tuned[2]], weight=[2, 1], **how)
+    third = merge_tensors("nuslerp", base, tuned, weight=[0.1, -0.1, 0.0], **how)
+    np.testing.assert_allclose(third, met, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}])
+def test_equal_opposite_and_no_vectors_have_an_arc(how: dict[str, bool]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 64, 48, generator=generator, dtype=torch.float64)
+    np.testing.assert_allclose(merge_tensors("nuslerp", None, [x, x, x], weight=[1, 2, 3], **how), x, atol=1e-12)
+    # what opposite ones leave is nothing but rounding, and all others are at right angles to that: sin 30° of the third
+    opposite = merge_tensors("nuslerp", None, [x, -x * (1 + 1e-15), y], weight=1, **how)
+    np.testing.assert_allclose(opposite, y / 2, atol=1e-6)
+
+
 def test_the_recipe_goes_back_to_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, tensor in zip(("base", "tuned-a", "tuned-b", "tuned-c"), (BASE, *policies(3)), strict=True):

@@ -193,14 +193,12 @@ class RecipeTuning:
         held = _held(self.tree, tunable.path)
         if held is None and tunable.path[-2:-1] == ("parameters",):
             held = self._default(tunable.path)
-        if isinstance(held, list) and held and isinstance(held[0], dict):
-            [entry] = self._entries(tunable, [0.0]) if len(tunable.names) == 1 else [{}]
-            by_condition = {_condition(each): each.get("value") for each in reversed(held)}
-            held = by_condition.get(_condition(entry), by_condition.get(_condition({})))
-        numbers = held if isinstance(held, list) else [held] * len(tunable.names)
-        if len(numbers) != len(tunable.names) or any(
-            isinstance(n, bool) or not isinstance(n, int | float) for n in numbers
-        ):
+        entries = self._entries(tunable, [0.0] * len(tunable.names))
+        numbers = [_value_for(entry, held) for entry in entries]
+        if tunable.gradient:
+            numbers = numbers[0] if isinstance(numbers[0], list) else numbers * len(tunable.names)
+        known = [number for number in numbers if isinstance(number, int | float) and not isinstance(number, bool)]
+        if len(known) < len(numbers) or len(numbers) != len(tunable.names):
             return None
         return list(map(float, numbers))
 
@@ -260,16 +258,27 @@ def _held(tree: Tree, path: Sequence[str]) -> Tree:
 
 
 def _beyond(old: Tree, entries: Sequence[Mapping[str, Any]]) -> list[Tree]:
-    if old is None:
-        return []
-    parts = old if isinstance(old, list) and old and isinstance(old[0], dict) else [old]
-    parts = [part if isinstance(part, dict) else {"value": part} for part in parts]
     replaced = [_condition(entry) for entry in entries]
-    return [part for part in parts if _condition(part) not in replaced]
+    return [part for part in _parts(old) if _condition(part) not in replaced]
 
 
-def _condition(entry: Mapping[str, Any]) -> tuple[object, ...]:
-    return entry.get("filter", "*"), tuple(entry.get("layers") or ())
+def _value_for(entry: Mapping[str, Any], held: Tree) -> Tree:
+    """Return the value that holds under an entry's condition: that of the same one, else of none; None without both."""
+    held_by = [(_condition(part), part.get("value")) for part in _parts(held)]
+    wanted = (_condition(entry), _condition({}))
+    return next((value for each in wanted for condition, value in held_by if condition == each), None)
+
+
+def _parts(value: Tree) -> list[dict[str, Any]]:
+    """Return the entries with conditions that a value consists of, or the one without."""
+    if value is None:
+        return []
+    parts = value if isinstance(value, list) and value and isinstance(value[0], dict) else [value]
+    return [part if isinstance(part, dict) else {"value": part} for part in parts]
+
+
+def _condition(entry: Mapping[str, Any]) -> tuple[object, object]:
+    return entry.get("filter", "*"), entry.get("layers") or None
 
 
 def _parent(tree: Tree, path: Sequence[str]) -> tuple[Tree, Any]:

@@ -129,6 +129,27 @@ def test_a_baseline_without_a_number_is_told(tune: str) -> None:
     assert "the baseline has the low end, 0.3" in note
 
 
+@pytest.mark.parametrize(
+    ("written", "tune", "numbers"),
+    [
+        ("[{filter: mlp, value: [0, 1]}, {value: [1, 0]}]", "[filter=mlp,gradient=2]", [0, 1]),
+        ("[{filter: mlp, value: [0, 1]}, {value: [1, 0]}]", "[gradient=2]", [1, 0]),
+        ("[{filter: mlp, value: 0.4}, 0.6]", "[filter=mlp]", [0.4]),
+        ("[{filter: mlp, value: 0.4}, 0.6]", "", [0.6]),
+        ("{filter: mlp, value: 0.4}", "[filter=mlp]", [0.4]),
+        ("[{layers: [0, 4], value: 0.4}, {layers: [4, 8], value: 0.6}]", "[groups=2]", [0.4, 0.6]),
+        ("[0.4, 0.6]", "[groups=2]", None),  # a gradient is not two runs of layers
+        ("[{filter: [mlp, up], value: 0.4}]", "", None),  # wrong, as whoever reads the recipe says
+    ],
+)
+def test_the_baseline_has_what_holds_under_a_condition(written: str, tune: str, numbers: list[float] | None) -> None:
+    recipe = f"{RECIPE}  along: {written}\n"
+    tuning = RecipeTuning(recipe, "recipe.yml", parse([f"parameters.along{tune}=0.3:1"]), 8)
+    low = [0.3] * len(tuning.as_written)
+    assert list(tuning.as_written.values()) == (low if numbers is None else numbers)
+    assert bool(tuning.notes) == (numbers is None)
+
+
 def test_plans_of_a_pair_are_those_of_extrapolate(tmp_path: Path) -> None:
     from mergekit_lite import plan_extrapolation
 
