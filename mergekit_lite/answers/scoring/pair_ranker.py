@@ -11,7 +11,7 @@ and s, c₁, c₂ the places of the three marks,
 The prompt is cut at ``source`` tokens, and each answer at ``answer`` tokens and half of what the prompt leaves of its
 own; marks and ends count. llm-blender 0.0.2 does the same for one prompt at a time; in its batches the longest prompt
 decides what is left for all. Marks, and the text of the token that ends a part, are blanks where a prompt or an answer
-has them, so that an answer can't pass for the other one.
+has them, and left out where a tokenizer makes one of signs that look alike: no answer can pass for the other one.
 
 Two layouts are published: llm-blender/PairRM with a configuration of its own, whose tokenizer and sizes are those of
 the backbone it names; and llm-blender/PairRM-hf with transformers' configuration. The tensors are the same.
