@@ -98,10 +98,9 @@ def _given(written: Written, reporter: Reporter) -> list[Mapping[str, str]]:
         reporter.warn(listing(left_out, problems, SHOWN))
     left = {prompt.id for prompt in lacking}
     found = [_fields(prompt) for prompt in loaded.prompts if prompt.id not in left]
-    if 0 < len(found) < written.shots:
-        raise UsageError(
-            f"{written.name}: {counted(len(found), 'prompt')} given, where `shots` wants {written.shots:,}."
-        )
+    texts = len({each["prompt"] for each in found})
+    if 0 < texts < written.shots:
+        raise UsageError(f"{written.name}: {counted(texts, 'prompt')} given, where `shots` wants {written.shots:,}.")
     if not found:
         raise UsageError(listing(f"{written.name}: there is no prompt to write others of", problems or ["no rows"]))
     return found

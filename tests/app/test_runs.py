@@ -62,7 +62,7 @@ def test_a_run_that_a_stranger_wrote_down_is_none(places: Places, odd: str) -> N
 
 def test_where_nothing_can_be_written_it_is_said(places: Places) -> None:
     (places.root / FOLDER).mkdir(mode=0o700)
-    (places.root / FOLDER / "merged.yml").symlink_to("/dev/full")
+    (places.root / FOLDER / "merged.yml.new").symlink_to("/dev/full")
     with pytest.raises(UsageError, match="No space left on device"):
         Runs(places.root).start(TIES, "merged")
     assert Runs(places.root).state().kind == "none"

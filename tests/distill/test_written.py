@@ -122,6 +122,17 @@ def test_several_given_prompts_in_a_request(tmp_path: Path) -> None:
             settled(made(tmp_path / "b", fake.url, **keys | {"shots": 4}), Heard())
 
 
+def test_given_prompts_of_one_text_are_one_shot(tmp_path: Path) -> None:
+    """A conversation, and a prompt that reads like it: two prompts, which can't be shown beside each other."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    told = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    write_rows(tmp_path / "alike.jsonl", [{"prompt": turns}, {"prompt": told}])
+    keys = {"lists": {}, "request": "{prompt}", "of": [{"path": str(tmp_path / "alike.jsonl")}], "shots": 2}
+    wrong = "written: 1 prompt given, where `shots` wants 2"
+    with fake_server(Fake(reply=numbered)) as fake, pytest.raises(UsageError, match=wrong):
+        settled(made(tmp_path / "a", fake.url, **keys), Heard())
+
+
 def test_replies(tmp_path: Path) -> None:
     """Without thoughts, and without quotation marks around all of it; what is cut or empty is left out."""
     said = ['<think>Hm: "x"?</think>\n\n"Why not?"', '"Who" said "no"?', "List:", "<think>\nlong", '"']

@@ -219,7 +219,7 @@ class Runs:
         """
         with telling(self.folder):
             self._make_folder()
-            (self.folder / ".planned.yml").write_text(text, encoding="utf-8", newline="")
+            _put(self.folder / ".planned.yml", text)
         return f"{FOLDER}/.planned.yml"
 
     def resume(self) -> None:
@@ -286,7 +286,7 @@ class Runs:
                 raise UsageError("A run goes on: wait for its end, or stop it.")
             try:
                 for name, text in files.items():
-                    (self.folder / name).write_text(text, encoding="utf-8", newline="")
+                    _put(self.folder / name, text)
                 out_file = self._file("out").open("wb") if self.kind.apart else nullcontext()
                 with self._file("said").open("wb") as said, out_file as out:
                     process = subprocess.Popen(
@@ -296,9 +296,7 @@ class Runs:
                     )  # fmt: skip
                 made = {"output": output, "outputs": [*(outputs or [output])]}
                 record = {"arguments": arguments, "process": process.pid, **made}
-                new = self._file("json.new")
-                new.write_text(json.dumps(record), encoding="utf-8")
-                new.replace(self._file("json"))
+                _put(self._file("json"), json.dumps(record))
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, self.kind.name.encode(), 0)
             finally:
@@ -355,3 +353,10 @@ class Runs:
         except (MergekitLiteError, ValueError):  # damaged, as by a power cut
             return {}
         return record if isinstance(record, dict) else {}
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a file that others may read meanwhile: the old one or all of the new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8", newline="")
+    new.replace(path)
