@@ -232,12 +232,12 @@ def test_a_full_disk_gets_back_the_room_that_sums_did_not_find(tmp_path: Path, m
 
 
 def test_what_was_damaged_meanwhile_is_made_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish = working_file.WorkingFile.publish
+    publish = working_file.WorkingFile.name
     arguments = (place / "llama", [place / "prompts.jsonl"], tmp_path / "gram.safetensors")
-    monkeypatch.setattr(working_file.WorkingFile, "publish", lambda self: 1 / 0)
+    monkeypatch.setattr(working_file.WorkingFile, "name", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gather_statistics(*arguments)
-    monkeypatch.setattr(working_file.WorkingFile, "publish", publish)
+    monkeypatch.setattr(working_file.WorkingFile, "name", publish)
     partial = tmp_path / "gram.safetensors.partial"
     content = bytearray(partial.read_bytes())
     content[-1] ^= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import cos, pi, sin, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_unequal_weights_are_shares_of_the_weights_so_far() -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}])
-def test_weights_that_cancel_but_for_rounding_mean_equal_ones(how: dict[str, bool]) -> None:
+def test_weights_that_cancel_but_for_rounding_mean_equal_ones(how: dict[str, Any]) -> None:
     base, *tuned = (each.view(2, 2) for each in (BASE, *policies(3)))
     equal = merge_tensors("nuslerp", base, tuned[:2], weight=1, **how)
     cancelled = merge_tensors("nuslerp", base, tuned[:2], weight=[0.1 + 0.2, -0.3], **how)
@@ -72,7 +73,7 @@ def test_weights_that_cancel_but_for_rounding_mean_equal_ones(how: dict[str, boo
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("how", [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}])
-def test_equal_opposite_and_no_vectors_have_an_arc(how: dict[str, bool]) -> None:
+def test_equal_opposite_and_no_vectors_have_an_arc(how: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 64, 48, generator=generator, dtype=torch.float64)
     np.testing.assert_allclose(merge_tensors("nuslerp", None, [x, x, x], weight=[1, 2, 3], **how), x, atol=1e-12)
