@@ -30,7 +30,7 @@ from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.tensor_merge import SAMPLE_EVERY, SAMPLE_PIECE
 from mergekit_lite.object_stores import Place
 from mergekit_lite.prediction import Cluster, measured_costs, predict, predict_in_turn, this_cluster
-from mergekit_lite.prediction.cluster import PIECE, cached
+from mergekit_lite.prediction.cluster import COPY_OUT, FETCH, MOST_CROWDED, PIECE, cached
 from mergekit_lite.prediction.costs import Costs
 from mergekit_lite.prediction.made_up import DIFFERENT
 from mergekit_lite.prediction.prediction import busiest_share
@@ -167,6 +167,20 @@ def test_a_node_is_never_given_more_where_there_are_more() -> None:
         assert busiest_share(tasks, 10_000) == pytest.approx(most / total)
 
 
+def test_cores_that_move_bytes_at_once_hold_each_other_up(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    plan = plan_merge(recipe(tmp_path, "expo"), tmp_path / "merged")
+    costs = measured_costs(plan)
+
+    def processor(workers: int, crowding: float) -> float:
+        return predict(plan, Cluster(2, crowding=crowding), workers, 1.0, costs).processor
+
+    assert processor(1, 3.0) == processor(1, 1.0) == processor(2, 1.0)
+    moving = plan.bytes_to_read * FETCH + plan.bytes_to_write * COPY_OUT
+    assert processor(2, 3.0) - processor(2, 1.0) == pytest.approx(2 * moving)
+    assert predict(plan, Cluster(1, crowding=3.0), 2, 1.0, costs).processor == processor(1, 1.0), "one core moves all"
+
+
 @pytest.mark.parametrize("method", RECIPES)
 def test_bytes_are_those_that_the_engine_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     write_models(tmp_path)
@@ -260,6 +274,7 @@ def test_wider_elements_cost_more_bytes(tmp_path: Path, dtype: str) -> None:
 def test_this_machine_is_measured_without_a_trace(tmp_path: Path) -> None:
     here = this_cluster(tmp_path / "merged")
     assert here.is_measured and here.cores >= 1 and here.copy_in > 0 and here.copy_out > 0
+    assert 1 <= here.crowding <= MOST_CROWDED and this_cluster(tmp_path / "merged", workers=1).crowding == 1
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_bytes(bytes(2 * PIECE))
     there = cached([(tmp_path / "file", 2 * PIECE)])

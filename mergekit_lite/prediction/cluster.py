@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from mergekit_lite.output.file_writer import reserve, waiting_weight
 
 SCRATCH = 1 << 26  # bytes that are written and read back to measure a disk, and as many past the page cache
 PIECE = 1 << 21
+MOST_CROWDED = 3.0  # times as long; beyond that something else disturbed the measurement
 LONGEST = 0.4  # seconds for writing, and for reading
 FETCH, COPY_IN, COPY_AGAIN, COPY_OUT = 0.6e-9, 0.25e-9, 0.13e-9, 0.25e-9  # seconds of processor time a byte: from the
 # disk by way of the page cache, from there, while it is in the processor's caches, and to the page cache (measured)
@@ -42,6 +44,7 @@ class Cluster:
             object store.
         fetch, copy_in, copy_again, copy_out: seconds of processor time for a byte that the disk gives, for one that the
             page cache has, for one that was read just now, and for one that is written.
+        crowding: how many times as long those bytes take while each core moves some.
         write_wait: seconds that a worker waits for a byte that it writes.
         buffered: bytes of output that the page cache takes before writing waits for the disk.
         free_memory: bytes that the page cache may take.
@@ -58,10 +61,18 @@ class Cluster:
     copy_in: float = COPY_IN
     copy_again: float = COPY_AGAIN
     copy_out: float = COPY_OUT
+    crowding: float = 1.0
     write_wait: float = 0.0
     buffered: float = 0.0
     free_memory: float = 0.0
     is_measured: bool = False
+
+    def crowded(self, workers: int) -> Cluster:
+        """Return it as some workers of each node find it, who share its memory: alone it is as it was measured."""
+        if min(workers, self.cores) < 2:
+            return replace(self, crowding=1.0)
+        ways = {name: getattr(self, name) * self.crowding for name in ("fetch", "copy_in", "copy_again", "copy_out")}
+        return replace(self, **ways)
 
 
 def this_cluster(output: Path, workers: int | None = None) -> Cluster:
@@ -98,7 +109,8 @@ def _measured(cores: int, workers: int, scratch: IO[bytes]) -> Cluster:
         if past is not None:
             os.close(past)
     from_cache, from_disk = _timed(os.preadv, [piece], fmean, through, None if to_disk is None else through)
-    here = Cluster(cores, copy_again=from_cache.working, copy_out=to_cache.working, is_measured=True)
+    crowding = _crowding(through, min(workers, cores), from_cache.working)
+    here = Cluster(cores, copy_again=from_cache.working, copy_out=to_cache.working, crowding=crowding, is_measured=True)
     if to_disk is None or from_disk is None:
         return here
     weight = waiting_weight(workers, cores)
@@ -115,6 +127,33 @@ def _measured(cores: int, workers: int, scratch: IO[bytes]) -> Cluster:
         buffered=0.0 if direct else DIRTY_SHARE * free_memory,
         free_memory=free_memory,
     )
+
+
+def _crowding(descriptor: int, readers: int, alone: float) -> float:
+    """Return how many times as long some readers at once take to copy what is in the page cache, as one of them does.
+
+    Where memory moves fewer bytes than all cores can copy, their processor time grows.
+    """
+    if readers < 2:
+        return 1.0
+    seconds: list[float] = []
+    moved: list[int] = []
+
+    def read(number: int) -> None:
+        piece = memoryview(mmap.mmap(-1, PIECE))
+        piece[:] = bytes(PIECE)  # its pages are there before it is timed
+        started = time.thread_time()
+        moved.append(sum(_from_cache(descriptor, piece, at) for at in range(number * PIECE, SCRATCH, readers * PIECE)))
+        seconds.append(time.thread_time() - started)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(readers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not sum(moved) or not alone:
+        return 1.0
+    return min(MOST_CROWDED, max(1.0, sum(seconds) / sum(moved) / alone))
 
 
 class _Way(NamedTuple):

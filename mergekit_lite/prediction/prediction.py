@@ -175,6 +175,7 @@ def predict(
     started = time.process_time() if started is None else started
     workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
     costs = costs or measured_costs(plan)
+    cluster = cluster.crowded(workers)
     work = _Work(plan, cluster, before)
     for (kind, job), count in _alike(plan, costs.kinds, by_file=work.by_file).items():
         work.add(costs.of_kind[kind], job, count)
@@ -256,7 +257,7 @@ class _Work:
             there = cached(files, lambda path: path in before or (cluster.buffered > 0 and not path.exists()))
             self.stays = plan.bytes_to_read <= FITS * cluster.free_memory
         self.uncached = 1 - there.share
-        self.copy_in = there.copying or cluster.copy_in
+        self.copy_in = cluster.copy_in if there.copying is None else there.copying * cluster.crowding
         self.fetch = cluster.copy_in if in_store else cluster.fetch
 
     @property
