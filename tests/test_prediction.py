@@ -177,7 +177,7 @@ def test_cores_that_move_bytes_at_once_hold_each_other_up(tmp_path: Path) -> Non
 
     assert processor(1, 3.0) == processor(1, 1.0) == processor(2, 1.0)
     moving = plan.bytes_to_read * FETCH + plan.bytes_to_write * COPY_OUT
-    assert processor(2, 3.0) - processor(2, 1.0) == pytest.approx(2 * moving)
+    assert processor(2, 3.0) - processor(2, 1.0) == pytest.approx(2 * moving, rel=1e-3)  # headers aside
     assert predict(plan, Cluster(1, crowding=3.0), 2, 1.0, costs).processor == processor(1, 1.0), "one core moves all"
 
 
