@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,18 @@ def fill(page: Page, **fields: str) -> None:
         box.press("Tab")
 
 
+def shows_item(page: Page, number: int) -> None:
+    """Ask for an item, and once more where Gradio lost it: while a part is drawn again its fields may take nothing."""
+    for patience in (10_000, 10_000, 60_000):
+        page.locator("#choose-item input").fill(str(number))
+        page.keyboard.press("Tab")
+        with suppress(AssertionError):
+            expect(page.locator("#choose-answers")).to_contain_text(f"Item {number} of 24", timeout=patience)
+            return
+        page.locator("#choose-item input").fill(str(number + 1))
+    raise AssertionError(f"item {number} is never shown")
+
+
 def test_from_a_path_out_of_the_root_to_the_commands_bytes(page: Page, root: Path) -> None:
     """The pairs decide; prompts are answered, too, so that there are guards and samples."""
     fill(page, sft="../sft", aligned="./dpo", data="pairs.jsonl", score="pairs", alphas="16,24", output="of-page")
@@ -250,9 +263,7 @@ def test_from_a_path_out_of_the_root_to_the_commands_bytes(page: Page, root: Pat
     expect(page.locator("#choose-curve tbody tr")).to_have_count(4)  # the baseline, two, the chosen one held out
     page.get_by_role("button", name="Answers side by side").click()
     expect(page.locator("#choose-answers .beside pre")).to_have_count(2)
-    page.locator("#choose-item input").fill("5")
-    page.keyboard.press("Tab")
-    expect(page.locator("#choose-answers")).to_contain_text("Item 5 of 24")
+    shows_item(page, 5)
     page.locator("#choose-report").click()
     expect(page.frame_locator("#choose-page iframe").locator("h1")).to_contain_text("beats alpha=0")
 

@@ -145,7 +145,7 @@ def choose_tab(places: Places) -> None:
     on(report.click, reported, None, page)
     on(gr.Timer(TICK).tick, ticked, seen, [*now, *drawn], show_progress="hidden")
     gr.on(
-        [chosen.change, number.change, seen.change],
+        [chosen.change, number.change, number.submit, number.blur, seen.change],
         shown,
         [chosen, number],
         answers,
