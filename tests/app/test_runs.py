@@ -40,11 +40,12 @@ def test_no_module_comes_from_the_folder_of_the_models(places: Places) -> None:
     assert "9 tensors" in ask(places.root, ["inspect", "./base"])
 
 
-@pytest.mark.parametrize("odd", ["open", "link", "damaged", "odd"])
+@pytest.mark.parametrize("odd", ["open", "link", "damaged", "odd", "part"])
 def test_a_run_that_a_stranger_wrote_down_is_none(places: Places, odd: str) -> None:
     """A folder of models from elsewhere may bring a folder of the page's name, with any command to resume."""
-    record = {"arguments": ["distill", "run", "rule.yaml"], "output": "base", "process": 1}
-    written = {"damaged": '{"arguments": [', "odd": "[]"}.get(odd, json.dumps(record))
+    record = {"arguments": ["distill", "run", "rule.yaml"], "output": "base", "outputs": ["base"], "process": 1}
+    others = {"damaged": '{"arguments": [', "odd": "[]", "part": json.dumps({"output": "base"})}
+    written = others.get(odd, json.dumps(record))
     folder = places.root / FOLDER
     made = places.root.parent / "elsewhere" if odd == "link" else folder
     made.mkdir(mode=0o755 if odd == "open" else 0o700)

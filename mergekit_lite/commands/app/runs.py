@@ -32,6 +32,7 @@ FOLDER = ".mergekit-lite-app"
 # Modules come from where this one came from, never from the folder of the models, in which commands are run.
 PATHS = [str(Path(__file__).parents[3]), *(path for path in sys.path if Path(path).is_absolute())]
 STREAM = "--stream"  # models are read by range, and nothing of them is stored
+RECORDED = {"arguments", "output", "outputs", "process"}  # of a run
 MOST_SAID = 100_000  # characters of what a command said, from its end
 NOTHING: Mapping[str, str] = MappingProxyType({})
 PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
@@ -352,7 +353,7 @@ class Runs:
             record = json.loads(read_text(path, MOST_SAID))
         except (MergekitLiteError, ValueError):  # damaged, as by a power cut
             return {}
-        return record if isinstance(record, dict) else {}
+        return record if isinstance(record, dict) and record.keys() >= RECORDED else {}
 
 
 def _put(path: Path, text: str) -> None:
