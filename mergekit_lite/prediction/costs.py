@@ -17,7 +17,6 @@ from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.fused import MadeByJob
 from mergekit_lite.engine.pool import tuned_process
-from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK, Span
@@ -28,6 +27,7 @@ from mergekit_lite.prediction.made_up import MadeUpReader, made_up
 SIZES = (1 << 10, 1 << 18, 1 << 21)  # elements
 TIMES, MOST_TIMES = 3, 20  # that each is measured, after once to warm up; the median counts
 LONG_ENOUGH = 0.02  # seconds of processor time, after which the least number of times will do
+STEPS = 20_000  # of a loop in Python, timed at once
 MOST_KINDS = 12  # that are measured, those with the most elements first
 
 
@@ -91,12 +91,14 @@ class Costs:
         kinds: of each job; None for scales, which are made with their codes.
         of_kind: the cost of each.
         importing: seconds that torch's import took, where it is needed; none where it had been imported before.
+        step: seconds of processor time that a loop in Python takes for a step.
         needs_torch: whether it is.
     """
 
     kinds: list[Hashable]
     of_kind: dict[Hashable, Cost]
     importing: float
+    step: float
     needs_torch: bool = False
 
 
@@ -123,12 +125,26 @@ def measured_costs(plan: Plan) -> Costs:
     if torch_needed:
         import torch  # noqa: F401
     importing = time.process_time() - started
-    reader = MadeUpReader()
+    reader = MadeUpReader(plan.most_inputs)
     with tuned_process(torch_needed), reader:
         writer = SpanWriter(plan, BLOCK)
         costs = {kind: _cost(plan, of_kind[kind], writer, reader) for kind in chosen}
     rare = dict.fromkeys(common[MOST_KINDS:], costs[chosen[-1]] if chosen else Cost(()))
-    return Costs(kinds, costs | rare, importing, torch_needed)
+    return Costs(kinds, costs | rare, importing, python_step(), torch_needed)
+
+
+def python_step() -> float:
+    """Return the seconds of processor time that a loop in Python takes for a step, here and now.
+
+    What a run does besides arithmetic on weights is so many steps; their pace is the machine's, and its neighbours'.
+    """
+    tries = []
+    for _ in range(MOST_TIMES):
+        started = time.thread_time()
+        for _ in range(STEPS):
+            pass
+        tries.append(time.thread_time() - started)
+    return sorted(tries)[MOST_TIMES // 2] / STEPS
 
 
 def _outputs(plan: Plan, job: Job) -> range:
@@ -169,7 +185,8 @@ def _seconds(point: Point) -> float:
 
 def _once(plan: Plan, job: Job, writer: SpanWriter, buffers: WorkerBuffers, reader: MadeUpReader) -> Point:
     """Make a made-up job once, as a worker does."""
-    outputs = range(len(plan.outputs))
+    sinks = {v: reader.sink() for v in range(len(plan.outputs))}
+    reader.next_job()
     scales = (0, job) if job.scales else None
     span = Span(0, job, 0, 0, job.numel, bool(job.merged_elements), scales)
     read = reader.nbytes
@@ -180,7 +197,7 @@ def _once(plan: Plan, job: Job, writer: SpanWriter, buffers: WorkerBuffers, read
     statistics = time.thread_time() - started - (reader.seconds - copied) - (reader.uncounted - left_out)
     read_again = reader.nbytes - read
     started, copied = time.thread_time(), reader.seconds
-    writer.make(buffers, reader, span, merges, {v: Records() for v in outputs}, lambda: False)
+    writer.make(buffers, reader, span, merges, sinks, lambda: False)
     merging = time.thread_time() - started - (reader.seconds - copied)
     return Point(job.numel, merging, statistics, read_again)
 

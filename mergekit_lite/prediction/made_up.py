@@ -8,27 +8,35 @@ that are moderate numbers in every dtype of floats.
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
-from mergekit_lite import block_fp8, dtypes
+from mergekit_lite import block_fp8, dtypes, positioned
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import PLAIN
 from mergekit_lite.deferred import np
+from mergekit_lite.engine.sink import Records
 from mergekit_lite.planning import Job
 
 WEIGHT, STEP = 0.02, 1e-4  # rms of the weights of a model, and of what a fine-tune adds to them
 DIFFERENT = 131_101  # elements that are made; behind them they repeat. A prime: else a sample meets the same ones, and
 # all amounts are there equally often, so that no k splits those that are equal
 LOW, HIGH = 0x30, 0x3E  # bytes of which floats of 8, 16 and 32 bits are finite, and neither tiny nor huge
-PATTERN = "pattern"
+PATTERN, WRITTEN = "pattern", "written"
+LAID_OUT = 1 << 25  # bytes of all inputs, and of what is written: more than a core's caches hold
 
 
 class MadeUpReader(Reader):
     """A reader that fills buffers with made-up bytes, whatever file and place it is asked for.
+
+    They come from files, as weights do. What the system copies from a file isn't in the processor's caches, other than
+    what a process copies in its own memory: arithmetic on it takes up to a quarter longer (measured).
 
     Attributes:
         nbytes: read so far.
@@ -36,21 +44,36 @@ class MadeUpReader(Reader):
         uncounted: seconds of what is done in the measurement alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int) -> None:
+        """Prepare to read as many inputs."""
         super().__init__()
         self.nbytes = 0
         self.seconds = self.uncounted = 0.0
         self._content: dict[str, memoryview] = {}
+        self._files: dict[str, IO[bytes]] = {}
+        self._laid_out = LAID_OUT // max(1, inputs)  # bytes of each file, at least
+        self._turn = 0
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        super().__exit__()
+        for file in self._files.values():
+            file.close()
+
+    def next_job(self) -> None:
+        """Let what is read next come from another place, as true tensors do."""
+        self._turn += 1
 
     def fill(self, path: Path, offset: int, out: memoryview, tensor: str) -> None:
         """Fill ``out``, to its end."""
-        started = time.thread_time()
         content = self._content.get(path.name) or self._pattern()
+        file = self._file(path.name if path.name in self._content else PATTERN, content)
         self.nbytes += len(out)
+        times = -(-self._laid_out // len(content))
+        offset += self._turn % times * len(content)  # whole repetitions: two inputs go on as they belong together
+        started = time.thread_time()
         while out:
-            first = offset % len(content)
-            count = min(len(out), len(content) - first)
-            out[:count] = content[first : first + count]
+            count = positioned.read(file.fileno(), out, offset % (times * len(content)))
             offset, out = offset + count, out[count:]
         self.seconds += time.thread_time() - started
 
@@ -64,11 +87,40 @@ class MadeUpReader(Reader):
             self._content[name] = memoryview(_noise(number, spec.dtype))
         return replace(spec, file=Path(name), offset=0)
 
+    def sink(self) -> MadeUpSink:
+        """Return a sink for what is made of them; what writing takes counts as reading does."""
+        if WRITTEN not in self._files:
+            self._files[WRITTEN] = _nameless()
+        return MadeUpSink(self, self._files[WRITTEN])
+
+    def _file(self, name: str, content: memoryview) -> IO[bytes]:
+        """Return a file of content that repeats; it has no name in any folder."""
+        if name not in self._files:
+            self._files[name] = _nameless()
+            for _ in range(-(-self._laid_out // len(content))):
+                self._files[name].write(content)
+        return self._files[name]
+
     def _pattern(self) -> memoryview:
         if PATTERN not in self._content:
             some = np.random.default_rng(0).integers(LOW, HIGH, DIFFERENT, np.uint8).tobytes()
             self._content[PATTERN] = memoryview(some)
         return self._content[PATTERN]
+
+
+class MadeUpSink(Records):
+    """A sink that writes to a nameless file, again and again."""
+
+    def __init__(self, reader: MadeUpReader, file: IO[bytes]) -> None:
+        """Write to a file; a reader counts the seconds."""
+        super().__init__()
+        self._reader, self._file = reader, file
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Write the bytes somewhere."""
+        started = time.thread_time()
+        positioned.write(self._file.fileno(), data, (self._reader.nbytes + offset) % LAID_OUT)
+        self._reader.seconds += time.thread_time() - started
 
 
 def made_up(job: Job, elements: int, reader: MadeUpReader, *, plainly: bool = False) -> Job:
@@ -108,3 +160,10 @@ def _noise(number: int, dtype: str) -> bytes:
     if dtype == "bfloat16":
         return ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).tobytes()
     return values.astype(dtype).tobytes()
+
+
+def _nameless() -> IO[bytes]:
+    """Return a file without a name, in memory where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("made up"), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)

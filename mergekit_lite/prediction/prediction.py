@@ -33,9 +33,12 @@ from mergekit_lite.planning import Plan
 from mergekit_lite.prediction.cluster import OVER_NET, Cached, Cluster, cached
 from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
 
-PER_TENSOR = 75e-6  # seconds of the command's own processor time, while the workers work and again at the end: tasks,
-# journal, manifest; measured
-FINISH = 0.25  # seconds: workers begin and end; index, config, card, the renames; the process goes; measured
+# What a run does besides arithmetic on weights, in steps of a loop in Python that take as long; measured. For a tensor:
+BEFORE = 2_500  # by the command, before there are workers: what to do
+MEANWHILE = 2_500  # by the command, while they work: tasks, journal
+BY_WORKER, SENT = 3_000, 1_600  # by a worker: its task; and where it is a process of its own, what it is sent and sends
+AFTER = 5_000  # by the command: report, index, manifest
+ENDING = 3_500_000  # for all: workers begin and end; config, card, the renames; the process goes
 IDLE = 1.25  # times as long as a node's busiest part has work: then workers without a file make the difference
 FITS = 0.8  # of the free memory: models that are not larger stay in the page cache once they were read
 
@@ -176,25 +179,27 @@ def predict(
     workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
     costs = costs or measured_costs(plan)
     cluster = cluster.crowded(workers)
-    work = _Work(plan, cluster, before)
+    tensors = len(plan.jobs)
+    work = _Work(plan, cluster, before, costs.step * (BY_WORKER + SENT * (workers > 1)))
     for (kind, job), count in _alike(plan, costs.kinds, by_file=work.by_file).items():
         work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
     statistics = pace.phase(work.early)
-    merging = pace.phase(work.late, PER_TENSOR * len(plan.jobs), by_file=work.by_file)
+    meanwhile = costs.step * MEANWHILE * tensors
+    merging = pace.phase(work.late, meanwhile, by_file=work.by_file)
     load = work.load
     busiest = max(statistics.share, merging.share) if work.early else merging.share
     disk, net = pace.disk(load.times(busiest)), pace.net(load.times(busiest))
-    finish = FINISH + PER_TENSOR * len(plan.jobs)
-    overhead = started + costs.importing + finish
+    start = started + costs.importing + costs.step * BEFORE * tensors
+    finish = costs.step * (ENDING + AFTER * tensors)
     return Prediction(
         cluster,
         workers,
-        start=started + costs.importing,
+        start=start,
         statistics=statistics.seconds,
         merging=merging.seconds,
         finish=finish,
-        processor=overhead + load.processor,
+        processor=start + load.processor + meanwhile + finish,
         compute=load.processor * busiest / pace.parallel,
         disk=disk,
         net=net,
@@ -242,8 +247,9 @@ class _Work:
         by_file: whether a worker makes a whole file.
     """
 
-    def __init__(self, plan: Plan, cluster: Cluster, before: Collection[Path]) -> None:
+    def __init__(self, plan: Plan, cluster: Cluster, before: Collection[Path], per_job: float) -> None:
         self.cluster = cluster
+        self._per_job = per_job  # seconds of a worker
         self.early: list[tuple[Load, int]] = []
         self._spans: list[tuple[Load, int]] = []
         self._files: dict[int, Load] = {}
@@ -286,7 +292,7 @@ class _Work:
             sections = -(-job.numel // SECTION)
             self.early.append((self._sent(gathering, again).times(1 / sections), sections * count))
             first_read = first_read - fetched if self.stays else first_read
-        seconds = point.merging + (0.0 if apart else point.statistics) + PER_TENSOR
+        seconds = point.merging + (0.0 if apart else point.statistics) + self._per_job
         again = 0.0 if apart else again
         seconds += (
             self._copying(job.read, first_read) + again * self.cluster.copy_again + job.written * self.cluster.copy_out

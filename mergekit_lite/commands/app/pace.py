@@ -15,7 +15,7 @@ from mergekit_lite.commands.units import seconds
 from mergekit_lite.multimerge import Step
 from mergekit_lite.planning import Plan
 from mergekit_lite.prediction import Cluster, measured_costs, predict_in_turn, this_cluster
-from mergekit_lite.prediction.costs import Cost, Costs, kind_of
+from mergekit_lite.prediction.costs import Cost, Costs, kind_of, python_step
 
 
 class Pace:
@@ -58,7 +58,7 @@ class Pace:
                 self._need_torch |= costs.of_kind.keys()
             known = costs.of_kind
         importing = self._importing if known.keys() & self._need_torch else 0.0
-        return Costs(kinds, known, importing)
+        return Costs(kinds, known, importing, python_step())
 
     def _start_up(self) -> float:
         """Return the processor time that a merge takes before it looks at its recipe: of one that has none."""
