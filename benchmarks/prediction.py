@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import click
@@ -26,6 +26,7 @@ from benchmarks.checkpoints import SFT_RMS, Family
 from benchmarks.machine import this_machine
 from benchmarks.processes import Run, measured
 from benchmarks.tables import Table, publish, size, spread
+from mergekit_lite.prediction.costs import python_step
 
 AIM = 0.2  # of a time
 HALF = {"weight": 0.5, "density": 0.5}
@@ -78,6 +79,7 @@ class Pair:
 
     predicted: Mapping[str, Any]
     run: Run
+    steps: tuple[float, float]  # seconds that a step of a loop in Python took, before the prediction and before the run
 
     @property
     def time(self) -> float:
@@ -153,7 +155,7 @@ def main(
         "pairs": {label: [{**asdict(pair), "time": pair.time} for pair in of] for label, of in pairs.items()},
     }
     if not quick:
-        notes.insert(0, _in_all(pairs))
+        notes = [_in_all(pairs), _pace(pairs), *notes]
     publish(folder, "prediction", heading, [_table(pairs, judged=not quick)], notes, data)
 
 
@@ -186,11 +188,13 @@ def _pair(bench: Bench, case: Case, folders: Sequence[Path], workers: int, cold:
     command = [bench.program, "merge", str(recipe), "-o", str(out), "--threads", str(workers)]
     os.sync()
     _settle(folders, cold)
+    before = python_step()
     asked = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True)
     predicted = json.loads(asked.stdout)["prediction"]
     os.sync()
     _settle(folders, cold)
-    pair = Pair(predicted, measured([*command, "-q"]))
+    steps = before, python_step()
+    pair = Pair(predicted, measured([*command, "-q"]), steps)
     say(
         f"  {case.label}, {workers}: predicted {predicted['seconds']['total']:.2f} s "
         f"(processor {predicted['processor_seconds']:.2f}), real {pair.run.wall:.2f} "
@@ -253,6 +257,16 @@ def _errors(pairs: Sequence[Pair]) -> dict[str, float]:
 def _verdict(errors: Mapping[str, float]) -> str:
     met = [name for name, error in errors.items() if abs(error) <= AIM]
     return "all" if len(met) == len(errors) else " and ".join(met) or "none"
+
+
+def _pace(pairs: Mapping[str, Sequence[Pair]]) -> str:
+    """Say how the machine's own pace changed meanwhile, which no prediction can know."""
+    nanoseconds = [1e9 * step for of in pairs.values() for pair in of for step in pair.steps]
+    low, _, high = quantiles(nanoseconds)
+    return (
+        f"A loop in Python took {spread(nanoseconds, 0)} ns of processor time a step, half of the times between "
+        f"{low:.0f} and {high:.0f}: by so much the machine's own pace changed between predictions and runs."
+    )
 
 
 def _in_all(pairs: Mapping[str, Sequence[Pair]]) -> str:
