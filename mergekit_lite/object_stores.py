@@ -17,7 +17,6 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
-from urllib.parse import urlsplit
 
 from mergekit_lite.backoff import FIRST, LONGEST
 from mergekit_lite.errors import CheckpointError, RunError, UsageError, one_line
@@ -128,13 +127,22 @@ def without_secrets(text: str) -> str:
 def parse_place(url: str) -> Place:
     """Return the place that the URL of an object store names. Raises UsageError as ``check_url``."""
     check_url(url)
-    parts = urlsplit(url)
-    if parts.scheme not in OBJECTS:
+    if not is_object(url):
         raise UsageError(f"{url}: is not in an object store ({', '.join(f'{each}://' for each in OBJECTS)}).")
-    bucket, *key = url.split("://", 1)[1].strip("/").split("/")
-    if {"", "."} & {*key}:  # a client may take it for another key, or ask again for a minute
+    place = place_at(url)
+    if {"", "."} & {*place.key.split("/")} and place.key:  # a client may take it for another, or ask again for a minute
         raise UsageError(f"{url}: can't be read or written: a part of its path is empty, or a dot.")
-    return Place(parts.scheme, bucket, "/".join(key))
+    return place
+
+
+def place_at(url: str) -> Place:
+    """Return the place of a URL that was made here: of a place that was checked, and of names that a store told.
+
+    These may hold what a user's URL may not, such as a question mark.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.strip("/").partition("/")
+    return Place(scheme, bucket, key)
 
 
 def store_of(place: Place, *, retries: int = 10, timeout: str = "120s") -> ObjectStore:
@@ -203,6 +211,10 @@ def said(error: BaseException) -> str:
     An answer's text may repeat the name of a key, or all that was signed.
     """
     text = str(error).split("\n\nDebug source:", maxsplit=1)[0]
+    if type(error).__name__ == "InvalidPathError":
+        key = re.search(r'Path "([^"]*)"', text)
+        what = f"a key {key[1]!r}" if key else "a key"
+        return one_line(f"the store has {what} with a part that is empty or dots, which its client can't list", 300)
     if status := re.search(r"status code: (\d{3}[ \w]*)", text):
         code = re.search(r"<Code>(\w+)</Code>", text)
         return f"the store answered {status[1].strip()}" + (f" ({code[1]})" if code else "")
@@ -210,8 +222,10 @@ def said(error: BaseException) -> str:
 
 
 def is_final(error: BaseException) -> bool:
-    """Return whether a client's error tells of an answer that asking again doesn't change."""
-    return re.search(r"answered 4(?!08|25|29)\d\d", said(error)) is not None
+    """Return whether a client's error tells of what asking again doesn't change."""
+    return type(error).__name__ == "InvalidPathError" or (
+        re.search(r"answered 4(?!08|25|29)\d\d", said(error)) is not None
+    )
 
 
 @lru_cache(maxsize=64)

@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
 from mergekit_lite.locks import ThreadLock
-from mergekit_lite.object_stores import NO_RANGES, is_on, parse_place, said, store_of, unsigned
+from mergekit_lite.object_stores import NO_RANGES, is_on, place_at, said, store_of, unsigned
 
 SIGNED_FOR = timedelta(hours=1)
 LENGTH = struct.Struct("<Q")
@@ -76,12 +76,12 @@ def end() -> None:
     """End this process's own one, if there is one; the next question starts another."""
     global _process
     if _process is not None and _process[0] == os.getpid():
+        _process[1].kill()  # first of all: a thread that reads its answer holds the pipe
+        _process[1].wait()
         for pipe in (_process[1].stdin, _process[1].stdout):
             with suppress(OSError):
                 if pipe is not None:
                     pipe.close()
-        _process[1].kill()
-        _process[1].wait()
         _process = None
 
 
@@ -101,18 +101,23 @@ def serve() -> None:
         except FileNotFoundError:
             answer = None, ("FileNotFoundError", "is not there")
         except BaseException as error:
-            kind = type(error).__name__
-            why = said(error)
-            denied = kind in ("PermissionDeniedError", "UnauthenticatedError") or re.search(r"answered 40[013]\b", why)
-            answer = None, ("PermissionError" if denied else "OSError", why)
+            answer = None, (_kind(error), said(error))
         _send(answers, answer)
+
+
+def _kind(error: BaseException) -> str:
+    """Return as what another process raises a client's error."""
+    name = type(error).__name__
+    if name in ("PermissionDeniedError", "UnauthenticatedError") or re.search(r"answered 40[013]\b", said(error)):
+        return "PermissionError"
+    return "CheckpointError" if name == "InvalidPathError" else "OSError"
 
 
 def list_folder(url: str) -> tuple[dict[str, tuple[int, str]], list[str]]:
     """Return a folder's files by name, each with its size and etag, and the names of the folders in it."""
     import obstore
 
-    place = parse_place(url)
+    place = place_at(url)
     prefix = f"{place.key}/" if place.key else None
     found = obstore.list_with_delimiter(store_of(place), prefix)
     files = {entry["path"].rpartition("/")[2]: (entry["size"], entry["e_tag"] or "") for entry in found["objects"]}
@@ -123,7 +128,7 @@ def head(url: str) -> tuple[int, str]:
     """Return an object's size and etag."""
     import obstore
 
-    place = parse_place(url)
+    place = place_at(url)
     entry = obstore.head(store_of(place), place.key)
     return entry["size"], entry["e_tag"] or ""
 
@@ -135,7 +140,7 @@ def sign(url: str) -> str | None:
     """
     import obstore
 
-    place = parse_place(url)
+    place = place_at(url)
     if place.scheme == "s3" and is_on(os.environ.get("AWS_SKIP_SIGNATURE", "")):
         return unsigned(place)
     try:
@@ -149,7 +154,7 @@ def read(url: str, begin: int, end: int, etag: str) -> bytes:
     """Return some bytes of an object. Raises RunError where it is no longer the one with this etag."""
     import obstore
 
-    place = parse_place(url)
+    place = place_at(url)
     options: dict[str, Any] = {"range": (begin, end)}
     if etag:
         options["if_match"] = f'"{etag}"' if not etag.startswith(('"', "W/")) else etag

@@ -5,8 +5,8 @@ What the tasks are done by is packed once and kept in Ray's object store; a task
 Weights never travel through Ray: workers read the inputs and write the output by their paths, on a file system that all
 machines share. Whether a machine sees them, and is of our version, each worker finds out before it gets a task.
 
-A worker that is lost is replaced, and its tasks are given to others. That is safe, even if it still lives and writes:
-what it writes are the same bytes in the same places.
+A worker that is lost is replaced, and its tasks are given to others. What one is at for very long, an idle one does,
+too. That is safe, even if both write: what they write are the same bytes in the same places.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mergekit_lite._version import __version__
@@ -25,6 +24,7 @@ from mergekit_lite.engine.processes import packed
 from mergekit_lite.engine.ray_head import head_of
 from mergekit_lite.engine.ray_machine import File, Needs, RayWorker, identity
 from mergekit_lite.engine.ray_node import Node
+from mergekit_lite.engine.ray_round import Round, Worker
 from mergekit_lite.errors import GOES_ON, CheckpointError, RunError, UsageError, counted, listing, one_line
 
 AHEAD = 1  # tasks that a worker has been given besides the one it does
@@ -36,41 +36,6 @@ GPU, GPU_THREADS = "GPU", 6  # threads that keep a GPU's copies going
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-
-@dataclass(eq=False)
-class _Worker:
-    """One worker, as the driver sees it: where it is, the handle of its actor, and whether it may be given tasks.
-
-    ``done`` are the bytes of the tasks that it has done in this round, ``told`` those that it says it has made.
-    """
-
-    node: str
-    actor: Any
-    is_fit: bool = False
-    done: int = 0
-    told: int = 0
-
-    @property
-    def ahead(self) -> int:
-        """Bytes that it has made of tasks that are not done yet."""
-        return max(0, self.told - self.done)
-
-
-@dataclass
-class _Round:
-    """One call of ``Cluster.run``: its tasks, those that wait, what each worker is at, and how often tasks got lost."""
-
-    number: int
-    job: Any  # reference of what the tasks are done by
-    tasks: Sequence[bytes]
-    sizes: Sequence[int]
-    waiting: deque[int]
-    under_way: dict[Any, tuple[_Worker, int | None]] = field(default_factory=dict)  # None: it looks around
-    ready: list[_Worker] = field(default_factory=list)
-    losses: Counter[int] = field(default_factory=Counter)
-    asked: dict[Any, _Worker] = field(default_factory=dict)  # for news
-    asked_at: float = field(default_factory=time.monotonic)
 
 
 class Cluster:
@@ -98,7 +63,7 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.on_news: Callable[[int], None] | None = None
         self._needs = Needs(identity())
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._rounds = 0
         self._looked = -LOOK_AROUND
 
@@ -145,10 +110,10 @@ class Cluster:
         self._rounds += 1
         dumps: Any = cloudpickle.dumps  # has no types
         job = ray.put(zlib.compress(dumps(worker), level=1))
-        a_round = _Round(self._rounds, job, [packed(task) for task in tasks], sizes, deque(order))
+        a_round = Round(self._rounds, job, [packed(task) for task in tasks], sizes, deque(order))
         return self._done(a_round)
 
-    def _done(self, a_round: _Round) -> Iterator[Any]:
+    def _done(self, a_round: Round) -> Iterator[Any]:
         left = len(a_round.tasks)
         self._looked = -LOOK_AROUND
         last_ready = time.monotonic()
@@ -164,7 +129,7 @@ class Cluster:
                         continue  # of a node that was refused meanwhile
                     worker, task = a_round.under_way.pop(reference)
                     answer = self._answer(a_round, reference, worker, task)
-                    if answer is not None and task is not None:
+                    if answer is not None and task is not None and a_round.is_news(reference, task):
                         left -= 1
                         self._note(worker, a_round.sizes[task])
                         yield self._result(worker, answer)
@@ -178,8 +143,11 @@ class Cluster:
             self.on_news = None
             if left:
                 self._dismiss()
+            else:  # what is still under way was done by another
+                for worker in {worker for worker, task in a_round.under_way.values() if task is not None}:
+                    self._drop(a_round, worker)
 
-    def _take_up(self, a_round: _Round, worker: _Worker) -> None:
+    def _take_up(self, a_round: Round, worker: Worker) -> None:
         """Have a worker take part in a round, once it has looked around."""
         if worker.is_fit:
             a_round.ready.append(worker)
@@ -190,7 +158,7 @@ class Cluster:
         """Have a worker look around; return the reference of what its machine lacks, an empty text for nothing."""
         return actor.look.remote(pickle.dumps(self._needs))
 
-    def _result(self, worker: _Worker, answer: bytes) -> Any:
+    def _result(self, worker: Worker, answer: bytes) -> Any:
         """Return a result from a worker's answer. Raises what the task raised there."""
         result, failure = pickle.loads(answer)
         if type(failure) in (RunError, CheckpointError) and not self.local:
@@ -199,7 +167,7 @@ class Cluster:
             raise failure
         return result
 
-    def _staff(self, a_round: _Round) -> None:
+    def _staff(self, a_round: Round) -> None:
         """Start workers where the cluster has room for them: at the beginning, for lost ones, on nodes that joined."""
         if time.monotonic() - self._looked < LOOK_AROUND:
             return
@@ -212,7 +180,7 @@ class Cluster:
             if not free:
                 break
             node = min(free)[1]  # the least busy one, so that a few workers are spread
-            worker = _Worker(node, self.started(node))
+            worker = Worker(node, self.started(node))
             at_work[node] += 1
             self._workers.append(worker)
             self._take_up(a_round, worker)
@@ -251,21 +219,27 @@ class Cluster:
         remote: Any = ray.remote  # its types don't know of groups
         return remote(concurrency_groups={NEWS: 1})(role).options(**options).remote(*arguments)
 
-    def _hand_out(self, a_round: _Round) -> None:
+    def _hand_out(self, a_round: Round) -> None:
         """Give tasks to the workers, to each as many as it may have."""
         has = Counter(worker for worker, task in a_round.under_way.values() if task is not None)
         most = self.threads + AHEAD
         for more in range(1, most + 1):  # to each one before anybody gets a second
             for worker in a_round.ready:
-                if a_round.waiting and has[worker] < more:
+                if has[worker] < more and (task := a_round.next()) is not None:
                     has[worker] += 1
-                    task = a_round.waiting.popleft()
-                    node = self.nodes[worker.node]
-                    node.started = node.started or time.monotonic()
-                    reference = worker.actor.do.remote(a_round.number, a_round.job, a_round.tasks[task])
-                    a_round.under_way[reference] = worker, task
+                    self._give(a_round, worker, task)
+        for worker in [worker for worker in a_round.ready if not has[worker]]:
+            if (task := a_round.late()) is not None:
+                self._give(a_round, worker, task)
 
-    def _hear(self, a_round: _Round) -> None:
+    def _give(self, a_round: Round, worker: Worker, task: int) -> None:
+        node = self.nodes[worker.node]
+        node.started = node.started or time.monotonic()
+        reference = worker.actor.do.remote(a_round.number, a_round.job, a_round.tasks[task])
+        a_round.under_way[reference] = worker, task
+        a_round.given[reference] = time.monotonic()
+
+    def _hear(self, a_round: Round) -> None:
         """Ask workers now and then how far they are, and pass on what they said."""
         import ray
 
@@ -285,7 +259,7 @@ class Cluster:
                 node.seconds = time.monotonic() - node.started
         self.on_news(sum(worker.ahead for worker in self._workers))
 
-    def _answer(self, a_round: _Round, reference: Any, worker: _Worker, task: int | None) -> bytes | None:
+    def _answer(self, a_round: Round, reference: Any, worker: Worker, task: int | None) -> bytes | None:
         """Return what a worker answered; None where it had only to look around, or was lost."""
         import ray
 
@@ -307,7 +281,7 @@ class Cluster:
             a_round.ready.append(worker)
         return None
 
-    def _lose(self, a_round: _Round, worker: _Worker, error: Exception) -> None:
+    def _lose(self, a_round: Round, worker: Worker, error: Exception) -> None:
         """Forget a worker that died or can't be reached."""
         self._drop(a_round, worker)
         self._looked = -LOOK_AROUND
@@ -317,8 +291,10 @@ class Cluster:
         if node.losses > MOST_LOSSES:
             self._refuse(a_round, worker.node, f"lost {counted(node.losses, 'worker')} in a row: {_why(error)}")
 
-    def _give_back(self, a_round: _Round, worker: _Worker, task: int) -> None:
+    def _give_back(self, a_round: Round, worker: Worker, task: int) -> None:
         """Let a task of a lost worker be done by another. Raises RunError where it was lost too often."""
+        if task in a_round.done:
+            return
         a_round.waiting.appendleft(task)
         a_round.losses[task] += 1
         if a_round.losses[task] > MOST_LOSSES:
@@ -328,7 +304,7 @@ class Cluster:
                 f"offers fewer CPUs of each machine (ray start --num-cpus) needs less. {GOES_ON}"
             )
 
-    def _refuse(self, a_round: _Round, node: str, why: str) -> None:
+    def _refuse(self, a_round: Round, node: str, why: str) -> None:
         """Give a node no more tasks. Raises RunError where none is left."""
         self.nodes[node].refused = why
         self._looked = -LOOK_AROUND  # others may take its place
@@ -347,7 +323,7 @@ class Cluster:
         title = f"Ray: {why}"
         return (listing(title, refused) if refused else f"{title}.") + f"\n{GOES_ON}"
 
-    def _note(self, worker: _Worker, nbytes: int) -> None:
+    def _note(self, worker: Worker, nbytes: int) -> None:
         node = self.nodes[worker.node]
         worker.done += nbytes
         node.losses = 0
@@ -355,7 +331,7 @@ class Cluster:
         node.nbytes += nbytes
         node.seconds = time.monotonic() - node.started
 
-    def _drop(self, a_round: _Round, worker: _Worker) -> None:
+    def _drop(self, a_round: Round, worker: Worker) -> None:
         """End a worker."""
         import ray
 

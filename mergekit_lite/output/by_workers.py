@@ -21,7 +21,7 @@ from mergekit_lite.object_stores import Place
 from mergekit_lite.output.file_writer import PAGE
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.spool import Spool
-from mergekit_lite.output.upload import Extent, Upload, Uploaded
+from mergekit_lite.output.upload import Extent, Upload, Uploaded, stop_all
 from mergekit_lite.output.working_folder import as_run_errors
 
 WINDOW = 1 << 26  # bytes that a worker has made of a file and not sent yet: else it waits
@@ -100,7 +100,7 @@ class RemoteFile(NothingEarlier):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._upload.stop()
+        stop_all([self._upload])
         self._spool.close()
 
     def _note(self, uploaded: Uploaded) -> None:

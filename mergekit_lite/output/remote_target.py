@@ -244,7 +244,7 @@ class Lock:
     def _take(self) -> None:
         first = self._folder.look(LOCK)
         if first is not None:
-            left = DEAD - self._silent_for(first.written)
+            left = min(DEAD, DEAD - self._silent_for(first.written))  # a store's clock may have been put back
             while left > 0:
                 time.sleep(min(left, RENEWED))
                 now = self._folder.look(LOCK)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial as bound
 from pathlib import Path
@@ -32,9 +31,10 @@ from mergekit_lite.output.remote_target import (
     standing,
 )
 from mergekit_lite.output.spool import Spool
-from mergekit_lite.output.upload import IN_FLIGHT, Extent, Upload, Uploaded
+from mergekit_lite.output.upload import IN_FLIGHT, Extent, Upload, Uploaded, stop_all
 from mergekit_lite.output.working_folder import WorkingFolder
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
+from mergekit_lite.side_by_side import side_by_side
 
 WINDOW = 1 << 28  # bytes that are made and could be sent, but aren't yet: whoever makes more waits
 HEADS = 8  # requests at once for what the store has
@@ -108,6 +108,7 @@ class RemoteWorkspace(OutputWorkspace):
             super().__init__(self._local, layout, digest, sources, companions)
             self._take_over(earlier)
         except BaseException:
+            stop_all(self._uploads.values())
             self._leave()
             raise
 
@@ -246,8 +247,7 @@ class RemoteWorkspace(OutputWorkspace):
 
         A worker that counted as dead may, too, but the same bytes.
         """
-        with ThreadPoolExecutor(HEADS) as threads:
-            heads = list(threads.map(lambda number: self._files.head(self._stored[number]), self._uploaded))
+        heads = side_by_side(lambda number: self._files.head(self._stored[number]), self._uploaded, HEADS)
         others = [
             self._stored[n]
             for n, head in zip(self._uploaded, heads, strict=True)
@@ -278,14 +278,11 @@ class RemoteWorkspace(OutputWorkspace):
 
     def close(self) -> None:
         """End the uploads that aren't complete, give the lock back, and remove the working folder."""
-        for upload in self._uploads.values():
-            upload.stop()
+        stop_all(self._uploads.values())
         super().close()
         self._leave()
 
     def _leave(self) -> None:
-        for upload in self._uploads.values():
-            upload.stop()
         self._lock.close()
         if self._local is not None:
             self._local.remove()

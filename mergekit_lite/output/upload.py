@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import xxhash
@@ -23,6 +23,7 @@ MOST_PARTS = 9_000  # of one upload; stores take 10,000
 TIMEOUT = "600s"  # of the request of a part, which shares a slow line with the others
 PATIENCE = 60.0  # seconds for which a request that broke is repeated
 PIECE = 1 << 20  # bytes read from the spool at once
+LONGEST_STOP = 10.0  # seconds that a store gets to answer, once nobody needs what is sent
 IN_FLIGHT = 1 << 25  # bytes of the parts that an output has under way
 
 
@@ -108,12 +109,15 @@ class Upload:
             raise RunError(f"{self.place}: not all of it was made. {GOES_ON}")
 
     def stop(self) -> None:
-        """End the upload if it isn't complete; the store is told to drop the parts that it has."""
+        """Ask for no more bytes, unless it is complete; see ``stop_all``."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+
+    def join(self, seconds: float) -> None:
+        """Wait until it has ended, for a while."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         try:
@@ -200,6 +204,15 @@ class Upload:
             self._changed.wait_for(lambda: self._stopped or not self._held)
             if self._stopped:
                 raise RunError(f"{self.place}: its upload was stopped. {GOES_ON}")
+
+
+def stop_all(uploads: Collection[Upload]) -> None:
+    """End the uploads that aren't complete; the store is told to drop the parts that it has, if it answers soon."""
+    until = time.monotonic() + LONGEST_STOP
+    for upload in uploads:
+        upload.stop()
+    for upload in uploads:
+        upload.join(max(0.0, until - time.monotonic()))
 
 
 def tag(etag: str | None) -> str:

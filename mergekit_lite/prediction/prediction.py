@@ -380,6 +380,7 @@ def busiest_share(tasks: Iterable[tuple[float, int]], nodes: int) -> float:
     total = sum(seconds * count for seconds, count in tasks)
     if nodes == 1 or total <= 0:
         return 1.0 if nodes == 1 else 1 / nodes
+    nodes = min(nodes, sum(count for _, count in tasks))  # others have nothing to do
     loads = [0.0] * nodes
     for seconds, count in tasks:
         rounds = (count // nodes) * (max(loads) == min(loads))  # whole rounds from a level ground stay level

@@ -82,6 +82,33 @@ with connected("local:2") as cluster:
     assert node.nbytes == 2 * 4 * STEPS * SIZE and node.tasks == 8
 """
 
+HANGS = """
+import os, signal, tempfile, time
+from pathlib import Path
+from mergekit_lite.engine import ray_round
+from mergekit_lite.engine.ray_cluster import connected
+
+ray_round.LATE = 3.0
+there = tempfile.mkdtemp()
+
+def worker():
+    def do(task):
+        try:
+            Path(there, "stopped").touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(0.1)
+            return task, os.getpid()
+        Path(there, "stopped").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return do
+
+with connected("local:2") as cluster:
+    for _ in range(2):
+        assert sorted(task for task, _ in cluster.run(range(12), worker)) == list(range(12))
+    stopped = int(Path(there, "stopped").read_text())
+    assert stopped not in {process for _, process in cluster.run(range(12), worker)}
+"""
+
 
 def run(code: str) -> None:
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -97,3 +124,9 @@ def test_each_worker_has_a_gpu_of_its_own() -> None:
 @pytest.mark.slow
 def test_what_is_made_of_long_tasks_is_told_before_they_are_done() -> None:
     run(NEWS)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_not_waited_for() -> None:
+    """An idle one does its tasks, each is done once to who asked, and later tasks are given to others."""
+    run(HANGS)

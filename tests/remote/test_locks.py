@@ -14,6 +14,7 @@ from mergekit_lite.output.remote_target import Lock, RemoteFolder
 from tests.ray_nodes import wait_for
 from tests.remote.object_store import Store, spoiling
 from tests.remote.outputs import MANIFEST, extrapolate, under, use
+from tests.waiting import woken_after
 
 
 def test_two_runs_at_once(server: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +39,18 @@ def test_two_runs_at_once(server: Store, monkeypatch: pytest.MonkeyPatch) -> Non
     second.close()
     assert folder.get("lock") == b"a third"
     folder.delete("lock")
+
+
+def test_a_lock_that_was_written_in_the_future(server: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a store's clock was put back since: it is waited for as long as for any other one."""
+    use(server, monkeypatch)
+    monkeypatch.setattr(remote_target, "RENEWED", 0.1)
+    monkeypatch.setattr(remote_target, "DEAD", 0.3)
+    folder = RemoteFolder(parse_place("s3://bucket/.future.partial"))
+    folder.put("lock", b"a run that died")
+    monkeypatch.setattr(Lock, "_silent_for", lambda *_: -86_400.0)
+    with woken_after(60):
+        Lock(folder).close()
 
 
 def test_locks_of_stores_that_look_at_conditions(server: Store, monkeypatch: pytest.MonkeyPatch) -> None:

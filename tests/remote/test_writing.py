@@ -20,6 +20,7 @@ from mergekit_lite.output.spool import Spool
 from mergekit_lite.output.upload import Extent, Upload, Uploaded
 from tests import processes
 from tests.models import state, tree_bytes, write_folder
+from tests.ray_nodes import wait_for
 from tests.remote.object_store import KEY, SECRET, Store, set_up, spoiling
 from tests.remote.outputs import MANIFEST, SHARD, Objects, extrapolate, under, use, without_card
 
@@ -177,6 +178,23 @@ def test_bytes_that_changed_on_the_disk_are_not_sent(store: Store, tmp_path: Pat
     with pytest.raises(RunError, match="faulty"):
         sending.complete()
     assert not (store.bucket / "changed").exists()
+    spool.close()
+
+
+def test_an_upload_to_a_silent_store_is_left_to_itself(
+    server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C waits a moment for the store to drop what it has, not as long as a part may take."""
+    monkeypatch.setattr(upload, "LONGEST_STOP", 0.2)
+    with spoiling(server, hold="silent") as (store, proxy):
+        use(store, monkeypatch)
+        spool = Spool(tmp_path)
+        spool.write(0, memoryview(b"of no use"))
+        sending = Upload(parse_place("s3://bucket/silent"), spool, 9, lambda uploaded: None)
+        sending.made(Extent(0, 9))
+        wait_for(lambda: any("silent" in path for _, path, _ in proxy.seen))
+        upload.stop_all([sending])
+        assert not proxy.ended.is_set() and sending._thread is not None and sending._thread.is_alive()
     spool.close()
 
 

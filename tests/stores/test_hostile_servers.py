@@ -6,6 +6,8 @@ import base64
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -281,6 +283,93 @@ def test_servers_that_ignore_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out[:10] == b"ababcdefgh"  # a short one is asked for the rest
     with pytest.raises(RunError, match=r"s3://bucket/never-signed: its server doesn't send ranges"):
         ranges.fetch(file, 0, memoryview(bytearray(10)))
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(
+    ("told", "sent"),
+    [("0-9/1000", 1000), ("1-1000/1001", 1000), ("0-999/1000", 1100), ("5-2/1000", 0), ("0-1999/1000", 1000)],
+)
+def test_answers_that_contradict_themselves(monkeypatch: pytest.MonkeyPatch, told: str, sent: int) -> None:
+    """Bytes beyond the range that an answer names are nobody knows what."""
+    monkeypatch.setattr(ranges, "ATTEMPTS", 2)
+
+    def answer(_: str, connection: socket.socket) -> None:
+        head = f"HTTP/1.1 206 Partial Content\r\nContent-Length: {sent}\r\nContent-Range: bytes {told}\r\n\r\n"
+        connection.sendall(head.encode() + b"x" * sent)
+
+    with answering(answer) as host, pytest.raises(RunError, match=r"another range than was asked|changed since"):
+        ranges.fetch(RemoteFile(f"http://{host}/x", 1000, ""), 0, memoryview(bytearray(1000)))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_server_that_compresses() -> None:
+    """Its ranges are those of other bytes; what the error says comes before size and etag, which are others, too."""
+
+    def answer(_: str, connection: socket.socket) -> None:
+        head = "HTTP/1.1 206 Partial Content\r\nContent-Length: 9\r\nContent-Range: bytes 0-8/9\r\nETag: other\r\n"
+        connection.sendall(f"{head}Content-Encoding: gzip\r\n\r\n".encode() + b"x" * 9)
+
+    with answering(answer) as host, pytest.raises(RunError, match=r"sends it compressed \(gzip\)"):
+        ranges.fetch(RemoteFile(f"http://{host}/x", 1000, "etag"), 0, memoryview(bytearray(1000)))
+
+
+def test_keys_that_the_client_can_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told at once, as asking again doesn't help."""
+    asked: list[str] = []
+
+    def listing(request: str, connection: socket.socket) -> None:
+        asked.append(request)
+        entry = "<Size>1</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>x</ETag>"
+        content = f"<ListBucketResult><Contents><Key>m/./x</Key>{entry}</Contents></ListBucketResult>"
+        connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode())
+
+    with answering(listing) as host:
+        for name, value in {"ENDPOINT": f"http://{host}", "ALLOW_HTTP": "true", "SKIP_SIGNATURE": "true"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        store_process.end()
+        try:
+            with pytest.raises(CheckpointError, match=r"s3://odd-keys/m: the store has a key 'm/./x' with a part"):
+                objects.source("s3://odd-keys/m", "").listed("")
+        finally:
+            store_process.end()
+    assert len(asked) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is a signal there")
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_nobody_waits_for_a_silent_server_after_ctrl_c(scheme: str) -> None:
+    """Files are asked for side by side, and each of those requests would be repeated for minutes."""
+    asked, over = threading.Event(), threading.Event()
+    page = "".join(f'<a href="{name}">' for name in ("config.json", "model.safetensors"))
+    entry = "<Size>1</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>x</ETag>"
+    keys = "".join(f"<Contents><Key>m/{name}</Key>{entry}</Contents>" for name in ("config.json", "vocab.json"))
+
+    def silent(request: str, connection: socket.socket) -> None:
+        if request.startswith("GET /m/ ") or "list-type" in request:
+            content = page if scheme == "http" else f"<ListBucketResult>{keys}</ListBucketResult>"
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(content)}\r\n\r\n"
+            connection.sendall(f"{head}{content}".encode())
+        else:
+            asked.set()
+            over.wait()
+
+    with answering(silent) as host:
+        environment = {"AWS_ENDPOINT": f"http://{host}", "AWS_ALLOW_HTTP": "true", "AWS_SKIP_SIGNATURE": "true"}
+        url = f"http://{host}/m" if scheme == "http" else "s3://bucket/m"
+        command = [sys.executable, "-m", "mergekit_lite", "inspect", url]
+        with subprocess.Popen(
+            command, env=os.environ | environment | {"NO_PROXY": "127.0.0.1"}, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                assert asked.wait(120)
+                process.send_signal(signal.SIGINT)
+                _, told = process.communicate(timeout=40)
+                assert process.returncode == 1 and "Interrupted" in told and "Traceback" not in told, told
+            finally:
+                process.kill()
+                over.set()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import mergekit_lite
 from mergekit_lite import store_process
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.checkpoint.stores import cache, ranges, read_ahead
+from mergekit_lite.checkpoint.stores import cache, mirror, ranges, read_ahead
 from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader
 from mergekit_lite.commands import main
@@ -242,6 +242,31 @@ def test_additions_and_torch_files(models: Path, failing: Faults, tmp_path: Path
         there = f"s3://bucket/base+s3://bucket/{added.format('s3://bucket')}"
         assert contents(there) == contents(here)
     assert contents("s3://bucket/t.pt:model") == contents(f"{local}/t.pt:model")
+
+
+ODD = ("what?.jinja", "a#b.jinja", "50%.jinja", "a%20b.jinja", "a b.jinja", "\u00fc&.jinja")
+
+
+def test_names_that_a_url_would_hold_otherwise(
+    models: Path, store: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files with such names are read as others, from stores and web servers, and kept in full."""
+    local = models / "bucket" / "odd"
+    write_folder(local, state(0))
+    (local / "additional_chat_templates").mkdir()
+    for name in ODD:
+        (local / "additional_chat_templates" / name).write_text(name)
+    (local / "model.safetensors").rename(local / "50% #1.safetensors")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with serving("http", models) as port:
+        for url in ("s3://bucket/odd", f"http://127.0.0.1:{port}/bucket/odd"):
+            stand_in, _ = mirror.stand_up(url)
+            for name in ODD:
+                assert (Path(os.fspath(stand_in)) / "additional_chat_templates" / name).read_text() == name
+        expected = contents(f"{local}/50% #1.safetensors")
+        assert contents(f"http://127.0.0.1:{port}/bucket/odd/50%25%20%231.safetensors") == expected
+        with pytest.raises(CheckpointError, match="is not the name of a file"):
+            mirror.stand_up(f"http://127.0.0.1:{port}/bucket/odd/..%2F50%25.safetensors")
 
 
 def contents(reference: str) -> dict[str, bytes]:

@@ -5,13 +5,12 @@ Where the hub keeps a file in Xet, the address that it resolves to is that of Xe
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from mergekit_lite.checkpoint import hub
 from mergekit_lite.checkpoint.stores.addresses import HUB, hub_url
 from mergekit_lite.checkpoint.stores.ranges import bare
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import AT_ONCE, Source
+from mergekit_lite.side_by_side import side_by_side
 
 
 def source(reference: str) -> Source:
@@ -30,8 +29,7 @@ def source(reference: str) -> Source:
         start = f"{inner}/" if inner else ""
         paths = [path for path in sizes if path.startswith(start)]
         own = [path for path in paths if "/" not in path[len(start) :]]
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            files = list(threads.map(file, own))
+        files = side_by_side(file, own, AT_ONCE)
         found = {path[len(start) :]: each for path, each in zip(own, files, strict=True) if each is not None}
         return found, sorted({path[len(start) :].partition("/")[0] for path in paths if "/" in path[len(start) :]})
 

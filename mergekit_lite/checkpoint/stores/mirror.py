@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,9 @@ from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import AT_ONCE, DESCRIPTION, Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
+from mergekit_lite.side_by_side import side_by_side
 
+TEMPLATES = "additional_chat_templates"  # a folder that is no part of the model's own lists
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
 MOST_SMALL = 10 * input_files.MAX_BYTES  # of all small files together: they are in memory at once
 
@@ -51,10 +52,10 @@ def stand_up(reference: str) -> tuple[StorePath, str | None]:
             raise CheckpointError(
                 f"{source.url}: has {nbytes:,} bytes in small files; more than {MOST_SMALL:,} is refused."
             )
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            small = dict(zip(names, threads.map(lambda name: _content(files[name]), names), strict=True))
+        contents = side_by_side(lambda name: _content(files[name]), names, AT_ONCE)
     except RunError as error:
         raise CheckpointError(str(error)) from error
+    small = dict(zip(names, contents, strict=True))
     root = _made(source, files, small)
     know(str(root), Mirror(source.url, {name: file for name, file in files.items() if name not in small}))
     path = StorePath(root / _name(source.url))
@@ -84,8 +85,8 @@ def _files(source: Source) -> dict[str, RemoteFile]:
         for folder in inner:
             if folder and not any(name.startswith(f"{folder}/") for name in files):
                 files |= {in_folder(folder, name): file for name, file in source.listed(folder).items()}
-    if (extra := "additional_chat_templates") in source.folders:
-        files |= {in_folder(extra, name): file for name, file in source.listed(extra).items()}
+    if TEMPLATES in source.folders:
+        files |= {in_folder(TEMPLATES, name): file for name, file in source.listed(TEMPLATES).items()}
     if not source.lists:  # a server without listings: what its index names is looked for by name
         for name in [each for each in files if each.endswith(folders.INDEX_ENDING)]:
             content = _json(files[name], read)
@@ -108,7 +109,7 @@ def _siblings(name: str) -> list[Path]:
 
 def _small_names(files: Mapping[str, RemoteFile]) -> list[str]:
     """Return the files that are kept in full: what the model consists of beside its weights."""
-    inner = {name.rpartition("/")[0] for name in files if "/" in name}
+    inner = {name.rpartition("/")[0] for name in files if "/" in name} - {TEMPLATES}
     return [
         name
         for name, file in files.items()

@@ -23,6 +23,7 @@ ATTEMPTS = 12  # in a row that bring no byte, or too slowly, before a range is g
 BUFFERED = 1 << 18  # bytes of a header that are fetched at once
 PIECE = 1 << 18  # bytes that are read at once: as many are lost at most where an answer breaks
 RANGE = re.compile(r"bytes (?P<first>\d+)-(?P<last>\d+)/(?P<size>\d+|\*)")
+COMPRESSED = ("br", "compress", "deflate", "gzip", "x-gzip", "zstd")
 CHANGED = "changed since it was opened (its etag or its size is another one). Start again with a file that stays."
 
 
@@ -138,9 +139,9 @@ def _fetch_some(file: RemoteFile, begin: int, out: memoryview, *, anew: bool) ->
     except requests.Unanswered as error:
         raise _Again(str(error)) from error
     with answer:
-        _check(file, begin, len(out), answer)
+        count = _checked(file, begin, len(out), answer)
         moved(file, answer.url)
-        return _read(answer, out)
+        return _read(answer, out[:count])
 
 
 def _read(answer: requests.Answer, out: memoryview) -> int:
@@ -159,8 +160,11 @@ def _read(answer: requests.Answer, out: memoryview) -> int:
     return done
 
 
-def _check(file: RemoteFile, begin: int, length: int, answer: requests.Answer) -> None:
-    """Hold the head of an answer to what was asked for. Raises _Again where asking again may help."""
+def _checked(file: RemoteFile, begin: int, length: int, answer: requests.Answer) -> int:
+    """Hold the head of an answer to what was asked for; return how many bytes of that it brings.
+
+    Raises _Again where asking again may help.
+    """
     status = answer.status
     if status in (408, 425, 429) or status >= 500:
         raise _Again(f"the server answered {status}", asked_wait(answer.headers.get("Retry-After")))
@@ -172,18 +176,25 @@ def _check(file: RemoteFile, begin: int, length: int, answer: requests.Answer) -
         raise _Again(f"the server answered {status}: access was refused", anew=True)
     if status not in (200, 206):
         raise RunError(f"{file.url}: the server answered {status}, which is no range of a file.")
+    if (encoding := answer.headers.get("Content-Encoding", "").lower()) in COMPRESSED:
+        raise RunError(
+            f"{file.url}: its server sends it compressed ({encoding}), so ranges of it can't be read. Store it as it "
+            "is, without Content-Encoding; or download the model, and name the folder."
+        )
     etag = answer.headers.get("ETag")
     if etag and file.etag and not file.url.startswith("hf://") and bare(etag) != file.etag:
         raise RunError(f"{file.url}: {CHANGED}")
     told = RANGE.fullmatch(answer.headers.get("Content-Range", ""))
     if told is None:
         if status == 200 and begin == 0 and answer.length == length == file.size:
-            return
+            return length
         raise RunError(f"{file.url}: {object_stores.NO_RANGES}")
     if told["size"] not in ("*", str(file.size)):
         raise RunError(f"{file.url}: {CHANGED}")
-    if int(told["first"]) != begin or int(told["last"]) >= begin + length:
+    count = int(told["last"]) - begin + 1
+    if int(told["first"]) != begin or not 0 < count <= length or answer.length not in (None, count):
         raise _Again("the server sent another range than was asked for")
+    return count
 
 
 def bare(etag: str) -> str:

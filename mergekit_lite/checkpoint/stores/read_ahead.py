@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ FETCHERS = 6  # threads of a reader, each with a request of its own
 SMALL = 1 << 18  # bytes of a block that gets memory of its own; larger ones share buffers of a whole block
 LEAST = 1 << 16  # bytes of a request for what nobody expected
 GAP = 1 << 16  # bytes between two places at most that are fetched along, as asking twice would take longer
+LONGEST_CLOSING = 5.0  # seconds
 TAILS = 4  # files of which what lies behind an unexpected read is kept
 PER_READER = ROOM + 2 * BLOCK + (8 << 20)  # bytes of memory at most: blocks, places, one that is urgent, threads
 
@@ -151,8 +153,9 @@ class BlockReader:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        until = time.monotonic() + LONGEST_CLOSING
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(max(0.0, until - time.monotonic()))
         self._courses.clear()
         self._tails.clear()
         self._spare.clear()

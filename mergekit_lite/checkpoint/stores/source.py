@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import CheckpointError, listing
+from mergekit_lite.side_by_side import side_by_side
 
 AT_ONCE = 8  # files that are looked for side by side
 MOST_FILES = 10_000  # of a folder; each is asked for its size, and has a stand-in
@@ -67,8 +67,7 @@ class Source:
         """Return files by their paths. Raises CheckpointError where one is missing that must not be."""
         check_count(self.url, len(names))
         wanted = sorted(names)
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            answers = dict(zip(wanted, threads.map(self.find, wanted), strict=True))
+        answers = dict(zip(wanted, side_by_side(self.find, wanted, AT_ONCE), strict=True))
         found = {name: file for name, file in answers.items() if file is not None and file.size <= MOST_BYTES}
         missing = [name for name in names if name not in found]
         if missing and not may_lack:

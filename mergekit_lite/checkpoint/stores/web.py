@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from html import unescape
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from mergekit_lite.backoff import asked_wait, wait_after
 from mergekit_lite.checkpoint import folder as folders
@@ -18,6 +17,7 @@ from mergekit_lite.checkpoint.stores.ranges import bare
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import AT_ONCE, Source, check_count, is_name
 from mergekit_lite.errors import CheckpointError
+from mergekit_lite.side_by_side import side_by_side
 
 LINK = re.compile(r"""href\s*=\s*["']?([^"'>\s]+)""", re.IGNORECASE)
 MAX_PAGE = 10_000_000  # bytes of a page that lists a folder
@@ -33,22 +33,24 @@ KNOWN = (
 
 
 def source(folder: str, file: str) -> Source:
-    """Return a folder of a web server, or one file of it."""
+    """Return a folder of a web server, or one file of it: both as a URL has them. Names are told and kept unescaped."""
+    name = unquote(file)
+    if file and not is_name(name):
+        raise CheckpointError(f"{folder}/{file}: is not the name of a file.")
 
     def find(name: str) -> RemoteFile | None:
-        return _head(f"{folder}/{name}")
+        return _head(f"{folder}/{quote(name)}")
 
-    made = Source(folder, lambda inner: ({}, []), find, file)
+    made = Source(folder, lambda inner: ({}, []), find, name)
 
     def listed(inner: str) -> tuple[dict[str, RemoteFile], list[str]]:
-        where = f"{folder}/{inner}" if inner else folder
+        where = f"{folder}/{quote(inner)}" if inner else folder
         names, inner_folders = _links(f"{where}/")
         if not names:
             made.lists = False
             names = list(KNOWN)
         check_count(where, len(names))
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            found = list(threads.map(lambda name: _head(f"{where}/{name}"), names))
+        found = side_by_side(lambda name: _head(f"{where}/{quote(name)}"), names, AT_ONCE)
         return {name: each for name, each in zip(names, found, strict=True) if each is not None}, inner_folders
 
     made.list = listed
