@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from mergekit_lite.commands.app.runs import FOLDER, Runs
 from mergekit_lite.commands.app.searched import beside, found, in_part, names_of
 from mergekit_lite.errors import UsageError
 from mergekit_lite.plain_text import plain
-from tests.app.test_page import Server, at, browser, command, serving, wait, weights
+from tests.app.test_page import Server, at, browser, command, serving, until_seen, wait, weights
 from tests.boost.end_to_end import write_models, write_pairs, write_prompts
 from tests.boost.search.test_choice import peak
 from tests.boost.test_report import HOSTILE, Answering
@@ -235,15 +234,16 @@ def fill(page: Page, **fields: str) -> None:
 
 
 def shows_item(page: Page, number: int) -> None:
-    """Ask for an item, and once more where Gradio lost it: while a part is drawn again its fields may take nothing."""
-    for patience in (10_000, 10_000, 60_000):
-        page.locator("#choose-item input").fill(str(number))
-        page.keyboard.press("Tab")
-        with suppress(AssertionError):
-            expect(page.locator("#choose-answers")).to_contain_text(f"Item {number} of 24", timeout=patience)
-            return
-        page.locator("#choose-item input").fill(str(number + 1))
-    raise AssertionError(f"item {number} is never shown")
+    """Ask for an item as one does by hand; where Gradio lost it, another one comes between, as the same is no news."""
+    answers, asked = page.locator("#choose-answers"), [number]
+
+    def ask_for() -> None:
+        for each in asked:
+            page.locator("#choose-item input").fill(str(each))
+            page.keyboard.press("Tab")
+        asked[:] = [number + 1, number]
+
+    until_seen(ask_for, lambda patience: expect(answers).to_contain_text(f"Item {number} of 24", timeout=patience))
 
 
 def test_from_a_path_out_of_the_root_to_the_commands_bytes(page: Page, root: Path) -> None:
