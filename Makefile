@@ -48,12 +48,12 @@ demo-real: $(VENV)/.ready
 	$(BIN)/python -m demo.real --out demo/out-real
 
 # A test file on each core, the long ones first (tests/conftest.py). Tiny models are faster on one thread than on two
-# that wait for each other.
+# that wait for each other. Hundreds of tests start a process: without bytecode each would compile the package anew.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/test_dist.py -n auto --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m slow --ignore tests/test_dist.py -n auto --dist loadfile
 
 bench: MEASURED = $(addprefix --size ,$(SIZE)) $(addprefix --mergekit ,$(MERGEKIT)) $(BENCH)
 bench: $(VENV)/.ready

@@ -16,7 +16,9 @@ def causal_model(architecture: str = "llama", vocabulary: int = 340, hidden: int
             vocab_size=vocabulary, n_embd=hidden, n_layer=layers, n_head=2, n_positions=2048, initializer_range=0.2
         )
     else:
-        kind = {name.lower(): getattr(transformers, name) for name in dir(transformers) if name.endswith("Config")}
+        # Not dir(transformers): that takes half a second, and the names' values are modules still to be imported.
+        names = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES.values()
+        kind = getattr(transformers, next(name for name in names if name.lower() == f"{architecture}config"))
         extra = {
             "gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0, "sliding_window": 64},
             "granite": {"logits_scaling": 4.0},
@@ -25,7 +27,7 @@ def causal_model(architecture: str = "llama", vocabulary: int = 340, hidden: int
             "mistral": {"sliding_window": 8},
             "lfm2": {"layer_types": ["conv", "full_attention"]},
         }
-        config = kind[f"{architecture}config"](
+        config = kind(
             vocab_size=vocabulary,
             hidden_size=hidden,
             intermediate_size=2 * hidden,

@@ -291,7 +291,7 @@ def test_the_row_is_all_that_it_takes(what: str, tmp_path: Path) -> None:
     touched = {path.replace("NAME", "toy") for path in re.findall(r"`([^`]+)`", ROWS[what])}
     assert touched == {path.removeprefix("../") for path in (*toy.new, *toy.changed)}
     package = tmp_path / "copy" / "mergekit_lite"
-    shutil.copytree(ROOT / "mergekit_lite", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "mergekit_lite", package)
     (tmp_path / "copy" / "recipes" / "methods").mkdir(parents=True)
     for path, text in toy.new.items():
         (package / path).write_text(text, encoding="utf-8")

@@ -27,7 +27,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(fakes: list[Fake], number: int = 60, **how: object) -> tuple[Server, dict[object, Reply]]:
-    how = {"concurrency": 4, "timeout": 20.0, "retries": 2} | how
+    how = {"concurrency": 4, "timeout": 120.0, "retries": 2} | how
     server = Server([fake.url for fake in fakes], RequestBody("m", Sampling()), **how)  # type: ignore[arg-type]
     found = replies(server, questions([f"q{n}" for n in range(number)]))
     expected = {f"q{n}": Reply(answer_to(f"q{n}", n), "stop", 3) for n in range(number)}
@@ -39,7 +39,7 @@ def test_the_load_is_spread_and_each_url_has_its_own_limit() -> None:
     seen: list[int] = []
     with ExitStack() as stack:
         fakes = [stack.enter_context(fake_server()) for _ in range(3)]
-        meeting = threading.Barrier(12, lambda: seen.extend(fake.asked.total() for fake in fakes), timeout=20)
+        meeting = threading.Barrier(12, lambda: seen.extend(fake.asked.total() for fake in fakes), timeout=120)
         for fake in fakes:
             fake.on_request = lambda text: meeting.wait() and None
         server, found = asked(fakes, 60)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import socket
 import threading
 import time
 import tracemalloc
@@ -23,6 +22,7 @@ from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of
 from mergekit_lite.answers.server import Question, Served, Server, ask
 from tests.answers.fake_server import REASONS, Fake, Trouble, answer_to, fake_server
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -124,9 +124,7 @@ def test_a_server_that_refuses_everybody_is_asked_no_more(status: int, remedy: s
 
 
 def test_a_server_that_is_not_there_is_given_up() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = Server([f"http://127.0.0.1:{port}/v1"], RequestBody("m", Sampling()), concurrency=2, retries=1)
     assert not replies(server, questions([f"q{n}" for n in range(200)]))
     assert "no connection" in server.failures.stopped and str(port) in server.failures.stopped
@@ -146,7 +144,7 @@ def test_a_server_that_was_given_up_is_not_waited_for(monkeypatch: pytest.Monkey
 
 def test_as_many_requests_are_open_as_allowed() -> None:
     """None is answered before five are open; a sixth would come while they wait a little longer."""
-    meeting = threading.Barrier(5, timeout=60)
+    meeting = threading.Barrier(5, timeout=120)
 
     def together(text: str) -> None:
         meeting.wait()
@@ -159,7 +157,7 @@ def test_as_many_requests_are_open_as_allowed() -> None:
 
 
 def test_several_servers_are_asked_at_once() -> None:
-    meeting = threading.Barrier(2, timeout=20)
+    meeting = threading.Barrier(2, timeout=120)
     with fake_server() as one, fake_server() as other:
         one.on_request = other.on_request = lambda text: meeting.wait() and None
         servers = [server_of(one, concurrency=1), server_of(other, concurrency=1)]

@@ -23,8 +23,8 @@ from mergekit_lite.answers.rows import write_rows
 from tests.answers.test_local import write_model
 from tests.distill.recipes import write_recipe
 from tests.distill.test_sample import invoke, rows
-from tests.distill.test_sources import is_gone
 from tests.processes import started
+from tests.waiting import is_gone
 
 pytestmark = pytest.mark.slow
 PYTHON = os.environ.get("SERVING_PYTHON", sys.executable)  # with transformers[serving]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ from tests.answers.test_local import write_model
 from tests.distill.recipes import recipe, write_recipe
 from tests.distill.test_sample import impatient, invoke, rows
 from tests.processes import preload, started
+from tests.waiting import is_gone
 
 preload("httpx2", "mergekit_lite.distillation.sample")
 
@@ -61,18 +61,6 @@ def test_a_server_that_does_not_list_its_model_is_asked_by_the_name_it_was_given
     code, _, error = invoke("sample", place(tmp_path, model="./model", serve=f"{SERVER} {how}"))
     assert code == 0, error
     assert samples(tmp_path)[4]["text"] == f"{tmp_path / 'model'}: question 1 {seed_of(0, 'a', 'p1', 1)}"
-
-
-def is_gone(process: int) -> bool:
-    for _ in range(200):
-        try:
-            os.kill(process, 0)
-            if Path(f"/proc/{process}/stat").read_text().split()[2] == "Z":
-                return True
-        except (ProcessLookupError, FileNotFoundError):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 
+from tests.ports import free_port
+
 KEY, SECRET = "AKMARKEDKEY", "SKMARKEDSECRET"
 KINDS = ("503", "429", "unanswered", "cut", "short")
 
@@ -37,14 +39,12 @@ def serving(kind: str, folder: Path, *options: str) -> Iterator[int]:
     """Serve a folder by ``rclone serve KIND``; gives the port."""
     program = rclone()
     assert program is not None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [program, "serve", kind, *options, "--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off"]
     command += ["--dir-cache-time", "0s", "--config", os.devnull, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while time.monotonic() < deadline:
                 with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from mergekit_lite.checkpoint.stores.private_folder import KEPT_FOR, hold, let_go, private_folder
 from mergekit_lite.errors import CheckpointError
+from tests.waiting import comes_true
 
 HOLDS = """
 import os, sys
@@ -74,10 +74,7 @@ def test_what_a_process_uses_stays_for_however_long(home: Path) -> None:
         process.kill()
         process.wait()
         assert names(home) == {"stand-in", "fetched-1"}  # the fork still reads
-    until = time.monotonic() + 30
-    while names(home) and time.monotonic() < until:  # the fork has a moment to end
-        time.sleep(0.02)
-    assert not names(home)
+    assert comes_true(lambda: not names(home))  # the fork has a moment to end
 
 
 def test_a_process_that_ends_leaves_nothing_open(home: Path) -> None:
@@ -100,9 +97,7 @@ def test_what_a_killed_command_fetched_goes_at_once(home: Path) -> None:
     """It may be many gigabytes, and the next command can't tell what is whole of it."""
     with holding(home, "stand-in", "fetched-1"):
         (home / "fetched-2").mkdir()  # nobody says whose: as of a version without marks
-    until = time.monotonic() + 30
-    while "fetched-1" in names(home) and time.monotonic() < until:
-        time.sleep(0.02)
+    assert comes_true(lambda: "fetched-1" not in names(home))
     assert names(home) == {"stand-in", "fetched-2"}
     with private_folder():
         hold(home / "stand-in")

@@ -53,6 +53,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sandbox, "_is_root", lambda: request.param == "root")
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processor time ends what takes too much of it, however little a busy machine gives of that."""
+    monkeypatch.setattr(sandbox, "PATIENCE", 50)
+
+
 def run(code: str, *tests: str, limits: SandboxLimits = LIMITS) -> SandboxResult:
     return run_sandboxed(code, tests, limits)
 
@@ -200,8 +206,7 @@ DENIED, NO_SUCH = "Operation not permitted", "Function not implemented"
     ],
     ids=lambda value: value.replace("\n", "; ")[:40],
 )
-def test_attacks_are_failed_answers(code: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "PATIENCE", 50)  # processor time ends it, however little a busy machine gives of that
+def test_attacks_are_failed_answers(code: str, why: str) -> None:
     began = time.monotonic()
     outcome = run(code, "pass")
     assert not outcome.passed and why in outcome.why, outcome

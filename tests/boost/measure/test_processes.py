@@ -19,8 +19,8 @@ from mergekit_lite.boosting.request import prepare
 from mergekit_lite.engine import devices
 from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts
-from tests.boost.measure.test_serving import gone
 from tests.boost.test_boost import ROOT, request_of, rows_of
+from tests.waiting import is_gone
 
 MORTAL = "function:tests.boost.end_to_end:mortal"
 
@@ -61,7 +61,7 @@ def test_two_processes_measure_what_one_does_and_one_that_is_killed_is_replaced(
     assert [point.gain for point in two.result.points] == [point.gain for point in one.result.points]
     assert two.result.points[0].facts["effective"] == one.result.points[0].facts["effective"]
     processes = {int(line) for line in (tmp_path / "processes").read_text().split()} - {os.getpid()}
-    assert len(processes) == 3 and all(map(gone, processes))
+    assert len(processes) == 3 and all(map(is_gone, processes))
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_search_that_is_ended_leaves_no_process_and_goes_on(
     assert running.returncode == {signal.SIGINT: 1, signal.SIGTERM: 143, signal.SIGKILL: -9}[how], said
     assert "Traceback" not in said
     processes = {int(line) for line in log.read_text().split()}
-    assert len(processes) == 2 and all(map(gone, processes))
+    assert len(processes) == 2 and all(map(is_gone, processes))
     kept = sum(len(rows) for rows in rows_of(tmp_path / "out.boost").values())
     assert kept < 24 * 3
     again = subprocess.run(command, cwd=models, env=environment | {"SECONDS": "0"}, capture_output=True, text=True)

@@ -24,6 +24,7 @@ from mergekit_lite.boosting.evaluators import evaluator_of
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.errors import RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts
+from tests.waiting import is_gone
 
 SERVER = shlex.join([sys.executable, str(Path(__file__).parents[1] / "serving.py")]) + " {model} {port}"
 WORDS = "function:tests.boost.end_to_end:spaces"
@@ -135,7 +136,7 @@ def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
         one = (tmp_path / "out.boost" / "child").read_text()
         assert len(list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(others)))) == 7
         assert (tmp_path / "out.boost" / "child").read_text() == one  # the same server all the time
-    assert gone(int((tmp_path / "out.boost" / "child").read_text()))
+    assert is_gone(int((tmp_path / "out.boost" / "child").read_text()))
 
 
 def test_a_server_is_stopped_when_the_search_fails(
@@ -151,7 +152,7 @@ def test_a_server_is_stopped_when_the_search_fails(
     prepared = prepare(request_of(models, tmp_path / "out", "stubborn"))
     with evaluator_of(prepared) as evaluator, pytest.raises(KeyboardInterrupt):
         list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(evaluator.items)))
-    assert gone(int((tmp_path / "out.boost" / "child").read_text()))
+    assert is_gone(int((tmp_path / "out.boost" / "child").read_text()))
     assert not (tmp_path / "out.boost" / "serving").exists()
 
 
@@ -167,7 +168,7 @@ def test_a_search_that_is_ended_leaves_no_server(models: Path, tmp_path: Path, h
         time.sleep(0.05)
     running.send_signal(how)
     assert running.wait() == {signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
-    assert gone(int(child.read_text()))
+    assert is_gone(int(child.read_text()))
     assert (tmp_path / "out.boost" / "serving").exists() == (how == signal.SIGKILL)  # the next search removes it
 
 
@@ -180,19 +181,6 @@ def test_a_server_that_ends_under_way_is_an_error_and_no_verdict(
     request = request_of(models, tmp_path / "out", "fails", concurrency=1)
     with evaluator_of(prepare(request)) as evaluator, pytest.raises(RunError, match="asked no more"):
         list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(evaluator.items)))
-
-
-def gone(process: int) -> bool:
-    """Whether a process has ended, or will have in a moment."""
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.mark.parametrize(
