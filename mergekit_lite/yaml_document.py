@@ -195,7 +195,7 @@ class _Reading:
             self.done[id(node)] = self.read(node, at)
             self.open.discard(id(node))
         if self.done[id(node)][1] > LIMIT:
-            raise self.refusal(at, f"aliases expand to more than {LIMIT:,} values")
+            raise self.refusal(at, f"more than {LIMIT:,} values, those that aliases repeat among them")
         return self.done[id(node)]
 
     def read(self, node: yaml.Node, at: Mark) -> tuple[Node, int]:

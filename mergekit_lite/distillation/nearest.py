@@ -24,7 +24,14 @@ SHOWN = 5
 
 
 def nearest_prompts(
-    nearest: Nearest, pool: Sequence[Prompt], where: str, folder: Path, reporter: Reporter, *, plan: bool
+    nearest: Nearest,
+    pool: Sequence[Prompt],
+    where: str,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    plan: bool,
+    within: Sequence[Prompt] = (),
 ) -> list[Prompt]:
     """Return the prompts of a pool that are among the nearest of target prompts, in the order of the pool.
 
@@ -35,6 +42,7 @@ def nearest_prompts(
         folder: of the embeddings that a model makes.
         reporter: is told of the progress and the number of prompts that are kept.
         plan: embed nothing; where embeddings are missing, as many prompts as there can be stand for the nearest ones.
+        within: prompts that the pool is a part of, where their embeddings by these keys are there already.
 
     Raises:
         UsageError: the target prompts can't be read, there is none, or embeddings have different lengths.
@@ -50,7 +58,7 @@ def nearest_prompts(
         reporter.warn(listing(left_out, targets.problems, SHOWN))
     if not pool:
         return []
-    return [pool[place] for place in _places(nearest, pool, targets.prompts, where, folder, reporter, plan)]
+    return [pool[place] for place in _places(nearest, pool, targets.prompts, where, folder, reporter, plan, within)]
 
 
 def _places(
@@ -61,10 +69,12 @@ def _places(
     folder: Path,
     reporter: Reporter,
     plan: bool,
+    within: Sequence[Prompt],
 ) -> Sequence[int]:
     """Return the places of the prompts that are kept, and tell their number."""
     of_pool, of_targets = counted(len(pool), "prompt"), counted(len(targets), "target prompt")
-    vectors = embeddings(nearest, ((pool, where), (targets, "target prompts")), folder, reporter, plan=plan)
+    named = ((within or pool, where), (targets, "target prompts"))
+    vectors = embeddings(nearest, named, folder, reporter, plan=plan)
     if vectors is None:
         most = min(len(pool), nearest.k * len(targets))
         reporter.line(
@@ -72,7 +82,11 @@ def _places(
             "the first ones stand for them here, as the stage `sample` embeds them"
         )
         return range(most)
-    kept = places_of_nearest(vectors[0], vectors[1], nearest.k, nearest.distance)
+    own = vectors[0]
+    if within:
+        rows = {prompt.id: row for row, prompt in enumerate(within)}
+        own = own[[rows[prompt.id] for prompt in pool]]
+    kept = places_of_nearest(own, vectors[1], nearest.k, nearest.distance)
     reporter.line(f"{where}: {len(kept):,} of {of_pool} kept: the {nearest.k:,} nearest of {of_targets}, each once")
     return kept
 

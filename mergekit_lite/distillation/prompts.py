@@ -81,10 +81,13 @@ def _draws(recipe: Recipe, entry: ChosenPrompts, reporter: Reporter) -> Draws:
 
 def _chosen(entry: ChosenPrompts, pool: list[Prompt], folder: Path, reporter: Reporter, plan: bool) -> Iterator[Prompt]:
     """Yield those of a source's prompts that its keys choose, without their embeddings."""
+    within: list[Prompt] = []
     if entry.distinct is not None:
+        if entry.nearest is not None and entry.nearest.is_as(entry.distinct):
+            within = pool  # embedded once
         pool = distinct_prompts(entry.distinct, pool, entry.called, folder, reporter, plan=plan)
     if entry.nearest is not None:
-        pool = nearest_prompts(entry.nearest, pool, entry.called, folder, reporter, plan=plan)
+        pool = nearest_prompts(entry.nearest, pool, entry.called, folder, reporter, plan=plan, within=within)
     yield from (without_embeddings(prompt, entry) for prompt in pool)
 
 

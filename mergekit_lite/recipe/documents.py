@@ -46,7 +46,11 @@ def parse_documents(content: str, source: str = "The recipe") -> tuple[Document,
         RecipeError: a document is no recipe, names are missing, given twice or none, or documents are made of one
             another in a circle; every problem is named with its place.
     """
-    trees = read_documents(content, source)
+    return documents_of(read_documents(content, source), source)
+
+
+def documents_of(trees: Sequence[Node], source: str) -> tuple[Document, ...]:
+    """Return the documents that the trees of a YAML text are. Raises RecipeError as ``parse_documents`` does."""
     if len(trees) == 1:
         return (Document("", recipe_of(trees[0], source), (), trees[0].at),)
     problems: list[Remark] = []

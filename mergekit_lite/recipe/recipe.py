@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from mergekit_lite import block_fp8, dtypes
 from mergekit_lite.errors import UsageError, listing, nearest
@@ -220,9 +221,19 @@ class Recipe:
 
     def why_copied(self, spot: Spot) -> str:
         """Return why a tensor is copied instead of merged; empty where it is merged."""
+        if spot not in self._copied:
+            self._copied[spot] = self._why_copied(spot)
+        return self._copied[spot]
+
+    def _why_copied(self, spot: Spot) -> str:
         if self.include and not any(pattern.matches(spot) for pattern in self.include):
             return "not included"
         return "excluded" if any(pattern.matches(spot) for pattern in self.exclude) else ""
+
+    @cached_property
+    def _copied(self) -> dict[Spot, str]:
+        """What ``why_copied`` returned before: of many filters it takes long, and it is asked several times."""
+        return {}
 
     def override_for(self, spot: Spot) -> Override | None:
         """Return the override that decides for a tensor."""

@@ -70,8 +70,8 @@ class _Resolving:
             self.wrong.setdefault(text, []).append(output.spot.name)
         return numbers
 
-    def matching(self, spot: Spot) -> tuple[bool, ...]:
-        return tuple([pattern.matches(spot) for pattern in self.filters])
+    def matching(self, spot: Spot) -> tuple[int, ...]:
+        return tuple([number for number, pattern in enumerate(self.filters) if pattern.matches(spot)])
 
     def looked_up(self, output: Output, problems: list[str]) -> Numbers:
         part = self.recipe.slices[output.part]

@@ -60,9 +60,9 @@ class Filter:
         return self.text[len(REGEX) :] if self.text.startswith(REGEX) else re.escape(self.text)
 
     @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """The filter as a regular expression. Raises re.error."""
-        return re.compile(self.expression)
+    def pattern(self) -> re.Pattern[str] | None:
+        """The regular expression that the filter is; None where it is plain text. Raises re.error."""
+        return re.compile(self.expression) if self.text.startswith(REGEX) else None
 
     @property
     def matches_all(self) -> bool:
@@ -73,7 +73,9 @@ class Filter:
         """Return whether a tensor matches."""
         if self.layers is not None and (spot.layer is None or not self.layers[0] <= spot.layer < self.layers[1]):
             return False
-        return self.text == "*" or self.pattern.search(spot.name) is not None
+        if self.pattern is not None:
+            return self.pattern.search(spot.name) is not None
+        return self.text == "*" or self.text in spot.name
 
     def __str__(self) -> str:
         layers = f"layers [{self.layers[0]}, {self.layers[1]})" if self.layers else ""

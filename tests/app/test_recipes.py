@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from mergekit_lite.commands import main
@@ -84,6 +85,29 @@ def test_a_problem_stands_at_the_line_of_its_document(places: Places, old: str, 
     write_folder(places.root / "other", state(3, layers=LAYERS, hidden=16))
     found = planned(TWO.replace(old, new), "merged", places)
     assert any(at == line and said in problem for at, problem in found.problems), found.problems
+
+
+def test_a_filter_a_line_is_read_once_and_not_all_told(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of a name needs no regular expression, and the text of a recipe one reading; the page has bounds."""
+    read: list[object] = []
+    compose_all = yaml.compose_all
+    monkeypatch.setattr(yaml, "compose_all", lambda *given, **more: read.append(given) or compose_all(*given, **more))
+    compiled: list[object] = []
+    compile_ = re.compile
+    monkeypatch.setattr(re, "compile", lambda *given: compiled.append(given) or compile_(*given))
+    text = STEM.removeprefix("name: stem\n")
+    idle = "".join(f"  - layers.{number}.mlpx\n" for number in range(300))
+    result = planned(f"{text}exclude:\n  - mlp.up_proj\n{idle}", "merged", places)
+    assert len(read) == 1 and len(compiled) < 100
+    assert result.plan is not None and len(result.plan.notes) == 300
+    assert {job.name for job in result.plan.jobs if job.why == "excluded"} == {
+        job.name for job in result.plan.jobs if "mlp.up_proj" in job.name
+    }
+    page = shown(result)
+    assert page.count('class="warning"') == 100 and "… and 200 warnings more" in page
+    wrong = planned(text + "".join(f"wrong{number}: 1\n" for number in range(300)), "merged", places)
+    assert len(wrong.problems) == 300 and "300 problems" in shown(wrong)
+    assert shown(wrong).count("<li>") == 100 and "… and 200 problems more" in shown(wrong)
 
 
 def test_all_problems_are_told_at_once(places: Places) -> None:

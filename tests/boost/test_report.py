@@ -14,7 +14,7 @@ from mergekit_lite.boosting.report import write
 from mergekit_lite.boosting.search.choice import Result, boost
 from mergekit_lite.boosting.search.point import Settings
 from mergekit_lite.boosting.search.search import bracket, grid
-from mergekit_lite.boosting.search.study import Study
+from mergekit_lite.boosting.search.study import Study, candidate_file
 from tests.boost.search.test_choice import peak
 from tests.boost.synthetic import SyntheticEvaluator
 from tests.browser import Browser
@@ -30,7 +30,6 @@ class Answering(SyntheticEvaluator):
         alpha = params.get("alpha", 0.0)
         made["text"] = f"{HOSTILE} {made['text']}" + " and so on" * (60 if alpha > 3 else 0)
         made["finish"] = "length" if alpha > 3 else "stop"
-        made["judged"] = 0.5 + 0.2 * bool(alpha)
         return made
 
 
@@ -99,9 +98,16 @@ def test_the_figures_are_there_for_machines(reported: tuple[Path, Result]) -> No
 
 
 def test_what_goes_with_winning_is_told(reported: tuple[Path, Result], shown: Browser) -> None:
-    """Candidates differ from the baseline in length alone, and a judge prefers each of their answers a little."""
-    why = json.loads((reported[0] / "boost.json").read_text())["reasons"]
-    assert why["prompts"] == 300 and why["win_rate"] == pytest.approx(0.7)
+    """Candidates differ from the baseline in length alone; an answer wins by its score."""
+    folder, result = reported
+    why = json.loads((folder / "boost.json").read_text())["reasons"]
+    assert result.chosen is not None
+    ours, theirs = (
+        {row["item"]: row["values"]["score"] for row in map(json.loads, file.read_text().splitlines())}
+        for file in (candidate_file(folder, params, "jsonl") for params in (result.chosen, {"alpha": 0.0}))
+    )
+    won = [(score > theirs[item]) + (score == theirs[item]) / 2 for item, score in ours.items()]
+    assert why["prompts"] == len(won) == 300 and why["win_rate"] == pytest.approx(sum(won) / 300)
     assert [effect["trait"] for effect in why["effects"]] == ["length, log of characters"]
     cells = shown.run(
         "[...document.querySelectorAll('table')[1].querySelectorAll('tbody tr > *')].map(c => c.textContent)"

@@ -80,6 +80,35 @@ def test_by_a_column_and_then_the_nearest(tmp_path: Path) -> None:
     ]
 
 
+def test_one_model_embeds_the_pool_once_for_both(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest of those that are distinct are looked for by the same embeddings, which are there already."""
+    texts = [f"What is {'one ' * (number % 9)}?" for number in range(30)]
+    write_rows(tmp_path / "p.jsonl", [{"id": f"p{n}", "prompt": f"{n} {text}"} for n, text in enumerate(texts)])
+    write_rows(tmp_path / "t.jsonl", [{"prompt": "What is one one?"}])
+    keys = {"model": str(models["gpt2"])}
+    vectors = Embedder(keys["model"]).embed([f"{n} {text}" for n, text in enumerate(texts)]).astype(float)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    gaps = ((unit[:, None] - unit[None]) ** 2).sum(2) + 9 * np.triu(np.ones((30, 30)))
+    within = float(np.median(gaps.min(1)[1:]))  # which about half of the prompts are near to
+    near = {**keys, "to": [{"path": "t.jsonl"}], "k": 3}
+    embedded: list[str] = []
+    embed = Embedder.embed
+    monkeypatch.setattr(Embedder, "embed", lambda self, some: embedded.extend(some) or embed(self, some))
+    entry = {"path": "p.jsonl", "distinct": {**keys, "within": within}}
+    kept = read(recipe(tmp_path, prompts=[entry]), Heard())
+    found = read(recipe(tmp_path, prompts=[{**entry, "nearest": near}]), Heard())
+    assert len(embedded) == len(set(embedded)) == 31 and 3 < len(kept) < 30
+    vectors = Embedder(str(models["gpt2"])).embed([prompt.messages[-1]["content"] for prompt in kept])
+    target = Embedder(str(models["gpt2"])).embed(["What is one one?"])
+    away = np.argsort(((vectors - target) ** 2).sum(1), kind="stable")[:3]
+    assert ids(found) == [kept[place].id for place in sorted(away)]
+    embedded.clear()
+    read(recipe(tmp_path, prompts=[{**entry, "nearest": {**near, "max_length": 2}}]), Heard())
+    assert len(embedded) == len(kept) + 1  # others, of those that are kept alone
+
+
 def test_drawn_prompts_by_a_model(tmp_path: Path, models: dict[str, Path]) -> None:
     """What a model drew is embedded, once; a dry run embeds nothing and counts with all."""
     said = [f"What is {'one ' * number}" for number in range(1, 8)]

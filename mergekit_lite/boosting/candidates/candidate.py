@@ -23,7 +23,6 @@ class ItemRow(TypedDict, total=False):
     tokens: int  # of the answer
     log_prob: float  # of the answer under the candidate that gave it, summed over its tokens
     aligned_log_prob: float  # of the same answer under the baseline
-    judged: float  # a judge's probability that the answer is better than the baseline's, from 0 to 1
 
 
 class Evaluator(Protocol):

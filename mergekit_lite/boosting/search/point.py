@@ -155,7 +155,10 @@ def _length_effect(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], set
 
 
 def _win_rates(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], score: str) -> WinRates | None:
-    """Compute win rates from a judge's comparisons where rows have them, else from which answer scores higher."""
+    """Compute win rates from which answer scores higher.
+
+    A judge that compares it with the baseline's answer gives that ½ beside itself, so who wins has the higher score.
+    """
     known = [
         (value, _length(row), _length(base[item]))
         for item, row in rows.items()
@@ -179,6 +182,4 @@ def why(params: Params, items: Sequence[str], study: Study, settings: Settings) 
 
 
 def _preferred(ours: ItemRow, theirs: ItemRow, score: str) -> float | None:
-    if "judged" in ours:
-        return ours["judged"]
     return preferred(ours["values"].get(score), theirs["values"].get(score))

@@ -55,6 +55,8 @@ class Places:
         if ELSEWHERE.search(reference):
             return f"{reference!r} is elsewhere: the page reads folders below its root, and the cache of the hub"
         for part in _paths(reference):
+            if NAME.fullmatch(part) and not os.path.lexists(f"{self.root}/{part}"):
+                continue  # nothing, below the root: most texts of a recipe, of which there may be many thousands
             try:
                 if part.startswith("~") or not all(map(self.may_read, self._meant(part))):
                     return f"{part!r} leads out of {self.root}, the root of this page: start it with another --root"
@@ -65,10 +67,11 @@ class Places:
 
     def _meant(self, part: str) -> Iterator[Path]:
         """Yield what a path means: itself and what lies in it, or where a pattern begins, and all that fits it."""
-        fixed = Path(*takewhile(lambda name: not has_magic(name), Path(part).parts))
-        yield self.root / fixed
-        # Path.glob takes no pattern that begins at the root
-        names = glob(part, root_dir=self.root) if has_magic(part) else [part]  # noqa: PTH207
+        names = [part]
+        if has_magic(part):
+            yield self.root.joinpath(*takewhile(lambda name: not has_magic(name), Path(part).parts))
+            # Path.glob takes no pattern that begins at the root
+            names = glob(part, root_dir=self.root)  # noqa: PTH207
         for path in map(self.root.joinpath, names):
             yield from (path, *(path.iterdir() if path.is_dir() else ()))
 

@@ -17,10 +17,11 @@ from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.planning.delta_check import delta_warning
 from mergekit_lite.recipe import RecipeError, lasting_text
-from mergekit_lite.recipe.documents import Document, document_in, final, parse_documents
+from mergekit_lite.recipe.documents import Document, document_in, documents_of, final
 from mergekit_lite.yaml_document import Fields, Items, Node, Scalar, read_documents
 
 MOST_GROUPS = 40  # rows of the table that the page shows
+MOST_TOLD = 100  # problems, or warnings: a recipe may have a filter a line, and each be misspelt
 SOURCE = "The recipe"  # what messages call the text
 
 
@@ -56,8 +57,9 @@ def planned(text: str, output: str, places: Places) -> Planned:
     tree: Node | None = None
     documents: tuple[Document, ...] = ()
     try:
-        tree = _tree(read_documents(text, SOURCE))
-        documents = _sound(tree, text, places)
+        trees = read_documents(text, SOURCE)
+        tree = _tree(trees)
+        documents = _sound(trees, places)
         steps = _steps(documents, output_of(documents, output), text)
         if leading_out := [why for path in _read(steps) if (why := places.refusal(path))]:
             raise PlanError(leading_out)
@@ -89,15 +91,16 @@ def _tree(documents: list[Node]) -> Node:
 
 def documents_by_range(text: str, places: Places) -> tuple[Document, ...]:
     """Return the documents of a recipe whose models of the hub are read by range. Raises RecipeError."""
-    return _sound(_tree(read_documents(text, SOURCE)), text, places, streamed=True)
+    return _sound(read_documents(text, SOURCE), places, streamed=True)
 
 
-def _sound(tree: Node, text: str, places: Places, *, streamed: bool = False) -> tuple[Document, ...]:
+def _sound(trees: list[Node], places: Places, *, streamed: bool = False) -> tuple[Document, ...]:
     """Return a text's documents. Raises RecipeError with all that is wrong with them, or leads out."""
+    tree = _tree(trees)
     problems = list(places.problems(tree, _names(tree), streamed=streamed))
     documents: tuple[Document, ...] = ()
     try:
-        documents = parse_documents(text, SOURCE)
+        documents = documents_of(trees, SOURCE)
     except RecipeError as error:
         problems += error.problems
     if problems:
@@ -158,13 +161,20 @@ def _problems(result: Planned) -> Iterator[Markup]:
     lines = result.text.splitlines()
     yield element("p", f"✗ {counted(len(result.problems), 'problem')}, nothing can be run.", class_="wrong")
     items = []
-    for line, problem in result.problems:
+    for line, problem in result.problems[:MOST_TOLD]:
         said = [element("span", problem)]
         if line is not None:
             written = lines[line - 1] if line <= len(lines) else ""
             said = [element("b", f"line {line}: "), *said, element("pre", f"{line:>4} │ {written}")]
         items.append(element("li", *said))
     yield element("ul", *items)
+    yield from _and_more(len(result.problems) - MOST_TOLD, "problem")
+
+
+def _and_more(number: int, what: str) -> Iterator[Markup]:
+    """Yield that there are more than the page shows, where that is so."""
+    if number > 0:
+        yield element("p", f"… and {counted(number, what)} more: mergekit-lite plan shows all")
 
 
 def _plan(plan: Plan) -> Iterator[Markup]:
@@ -175,15 +185,16 @@ def _plan(plan: Plan) -> Iterator[Markup]:
         f"{size(memory_estimate(plan, None))} of memory.",
         class_="sound",
     )
-    yield from map(warning, filter(None, (*plan.notes, what_is_missing(plan))))
+    warnings = [*filter(None, (*plan.notes, what_is_missing(plan)))]
+    yield from map(warning, warnings[:MOST_TOLD])
+    yield from _and_more(len(warnings) - MOST_TOLD, "warning")
     found = groups(plan)
     rows = [
         (f"{group.tensors:,}", size(group.nbytes), group.dtype, f"{group.what}\nfor example {group.example}")
         for group in found[:MOST_GROUPS]
     ]
     yield table(("tensors", "size", "dtype", "what happens"), rows)
-    if len(found) > MOST_GROUPS:
-        yield element("p", f"… and {counted(len(found) - MOST_GROUPS, 'group')} more: mergekit-lite plan shows all")
+    yield from _and_more(len(found) - MOST_GROUPS, "group")
     left_out = [f"{name} of {reference}: {why}" for reference, name, why in plan.left_out]
     if left_out:
         items = [element("li", each) for each in left_out[:MOST_GROUPS]]

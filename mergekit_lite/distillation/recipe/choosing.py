@@ -33,6 +33,11 @@ class Embedded(Choosing):
     device: str | None = None  # by default a GPU if the machine has one
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
+    def is_as(self, other: Embedded) -> bool:
+        """Whether a model makes the same embeddings by these keys as by others."""
+        same = (self.model, self.max_length, self.dtype) == (other.model, other.max_length, other.dtype)
+        return self.model is not None and same
+
 
 class Nearest(Embedded):
     """Keeps the prompts that are among the ``k`` nearest of any target prompt."""

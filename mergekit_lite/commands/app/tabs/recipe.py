@@ -74,8 +74,15 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
             time = gr.HTML(elem_id="time")
             plan_by_range = gr.Button("Plan", visible=places.is_public, elem_id="predict")
 
-    def replanned(written: str) -> list[Any]:
+    latest = [(Planned(""), 0.0)]  # the plan that was made last, and the processor time it took
+
+    def made(written: str) -> tuple[Planned, float]:
+        started = thread_time()
         result = checked(written, places) if places.is_public else planned(written, "merged", places)
+        return result, thread_time() - started
+
+    def replanned(written: str) -> list[Any]:
+        latest[0] = result, _ = made(written)
         missing = dict.fromkeys(places.of_hub(result.tree)) if result.tree is not None and not result.steps else ()
         wanted = " ".join(missing) if missing and not places.is_public else gr.skip()
         return [listed([shown(result), _marks(result)]), "", wanted, curves(result), *_moved(result)]
@@ -88,9 +95,8 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
         return change
 
     def timed(written: str) -> Markup | str:
-        started = thread_time()
-        result = planned(written, "merged", places)
-        return element("p", pace.told(result.steps, thread_time() - started)) if result.steps else ""
+        result, planning = known if (known := latest[0])[0].text == written else made(written)
+        return element("p", pace.told(result.steps, planning)) if result.steps else ""
 
     def of_template(name: str | None) -> Any:
         if name == LATEST:
