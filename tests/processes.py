@@ -90,7 +90,7 @@ def run(place: Path, *arguments: str | Path, before: Callable[[], None] | None =
 def wait_for_spans(place: Path, output: str, count: int) -> None:
     """Wait until a running process has journalled some spans."""
     journal = place / f".{output}.partial" / "journal.jsonl"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not (journal.exists() and journal.read_bytes().count(b"\n") > count):
         assert time.monotonic() < until, "the run journals nothing"
         time.sleep(0.002)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -272,7 +273,7 @@ def test_stop_and_resume(browser: Any, root: Path) -> None:
         run(page, "stopped")
         group = halted(root, 2)
         page.locator("#stop").click()
-        time.sleep(1)
+        wait(lambda: interrupted(group))
         os.killpg(group, signal.SIGCONT)
         expect(page.locator("#state .stopped")).to_contain_text("Interrupted")
         page.locator("#resume").click()
@@ -295,6 +296,12 @@ def halted(root: Path, spans: int) -> int:
     os.killpg(group, signal.SIGSTOP)
     assert not (root / "stopped").exists()
     return int(group)
+
+
+def interrupted(process: int) -> bool:
+    """Whether a halted process will find an interrupt when it goes on."""
+    pending = re.search(r"^ShdPnd:\s+(\w+)", Path(f"/proc/{process}/status").read_text(), re.M)
+    return pending is not None and bool(int(pending[1], 16) & 1 << signal.SIGINT - 1)
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "http://127.0.0.1:9/file"])

@@ -273,7 +273,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
             partial = path.parent / "out/magpie/magpie.partial.jsonl"
             return partial.read_bytes().count(b"\n") if partial.exists() else 0
 
-        path, until = place("killed"), time.monotonic() + 120
+        path, until = place("killed"), time.monotonic() + 600
         with started(path.parent, "distill", "sample", path) as process:
             while drawn(path) < 5:
                 assert process.running and time.monotonic() < until, "too late"

@@ -220,7 +220,7 @@ def test_killed_in_any_round(done: Path, tmp_path: Path, moments: tuple[str, ...
     recipe = place(tmp_path)
     for moment in moments:
         with started(recipe.parent, "distill", "run", recipe, before=on_path) as process:
-            until = time.monotonic() + 120
+            until = time.monotonic() + 600
             while not (recipe.parent / "made" / moment).exists():
                 assert process.running and time.monotonic() < until, f"{moment}: {process.end().stderr}"
                 time.sleep(0.002)

@@ -245,7 +245,7 @@ def judged(folder: Path) -> int:
 
 
 def kill(recipe: Path, moment: int) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     with started(Path.cwd(), "distill", "score", recipe) as process:
         while judged(recipe.parent) < moment:
             assert process.running and time.monotonic() < until, process.end()

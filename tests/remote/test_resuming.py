@@ -48,7 +48,7 @@ def killed(place: Path, store: Store, journals: int) -> None:
     told = store.bucket / ".killed.partial"
     before = partial(set_up, store.environment)
     with processes.started(place, *command("killed"), before=before) as process:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while process.running and not (told.exists() and len(list(told.glob("*.jsonl"))) >= journals):
             assert time.monotonic() < until, "nothing is journalled"
             time.sleep(0.005)

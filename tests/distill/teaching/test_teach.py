@@ -288,7 +288,7 @@ def test_killed_and_resumed_it_asks_only_for_what_is_missing(place: Path) -> Non
         path = write_recipe(place, teachers=[served], train=FUSE)
         key = partial(use_key, "s3cret-key")
         with started(place, "distill", "teach", path, before=key) as process:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 600
             while process.running and len(fake.scored) < goal and time.monotonic() < until:
                 time.sleep(0.01)
             process.send(signal.SIGKILL)
