@@ -18,9 +18,10 @@ from mergekit_lite.answers.serving import split_command
 from mergekit_lite.checkpoint.references import Addition, split_names, split_reference
 from mergekit_lite.commands import limits
 from mergekit_lite.distillation.training.watch import peak_memory
-from mergekit_lite.errors import GOES_ON
+from mergekit_lite.errors import GOES_ON, UsageError
 from mergekit_lite.file_names import unfit_on_windows
 from mergekit_lite.output.card import ABSOLUTE, ON_WINDOWS
+from mergekit_lite.output.publishing import check_target
 from tests.elsewhere import jobs
 from tests.elsewhere.lacking import LACKING, MISSING
 from tests.models import tree_bytes
@@ -29,10 +30,11 @@ ROOT = Path(__file__).parents[1]
 ADVICE = f"--threads. {GOES_ON}"
 
 
-def elsewhere(place: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+def elsewhere(place: Path, *arguments: str, stderr: int | None = None, **environment: str) -> subprocess.Popen[bytes]:
     """A Python that knows as little of its system as on Windows."""
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "elsewhere"), str(ROOT)])}
-    return subprocess.Popen([sys.executable, *arguments], cwd=place, env={**os.environ, **paths, **environment})
+    environment = {**os.environ, **paths, **environment}
+    return subprocess.Popen([sys.executable, *arguments], cwd=place, env=environment, stderr=stderr)
 
 
 def test_the_main_jobs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -101,6 +103,25 @@ def test_names_that_windows_lacks(name: str) -> None:
 @pytest.mark.parametrize("name", ["model", "v1.2.safetensors", "console", "com0x", "αβ→out"])
 def test_names_that_windows_has(name: str) -> None:
     assert unfit_on_windows(name) is None
+
+
+@pytest.mark.parametrize("name", ["CON", "NUL.d/out", "../end./out", "a:b"])
+def test_outputs_that_windows_can_not_have(tmp_path: Path, name: str) -> None:
+    """No part of the path may have such a name: a folder neither."""
+    jobs.make_inputs(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["-m", "mergekit_lite", "extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", name]
+    process = elsewhere(tmp_path, *command, stderr=subprocess.PIPE)
+    said = process.communicate()[1].decode()
+    assert process.returncode == 2 and "Windows can't have the name" in said, said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_on_a_drive_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path != Path(path.anchor) and exists(path))
+    with pytest.raises(UsageError, match=r"out: there is no / here\. Choose another path"):
+        check_target(tmp_path / "out", [], resume=False, force=False)
 
 
 def test_references_with_drives() -> None:

@@ -62,8 +62,12 @@ def _check_name(output: Path) -> None:
     name = output.absolute().name
     if not name or output.name == "..":
         raise UsageError(f"{output}: can't be an output. Name the folder or file to be made.")
-    if os.name == "nt" and (why := unfit_on_windows(name)):
-        raise UsageError(f"{output}: Windows can't have such a name: it {why}. Choose another one.")
+    drive = Path(output.absolute().anchor)
+    if not drive.exists():
+        raise UsageError(f"{output}: there is no {drive} here. Choose another path.")
+    for part in output.parts if os.name == "nt" else ():
+        if part not in (output.anchor, "..") and (why := unfit_on_windows(part)):
+            raise UsageError(f"{output}: Windows can't have the name {part}: it {why}. Choose another one.")
     longest = max(len(os.fsencode(path.name)) for path in (manifest_path(output), working_folder(output)))
     if longest > MAX_FILE_NAME:
         raise UsageError(
