@@ -33,6 +33,8 @@ EXPECTED = (
 )
 OBJECT_STORE = 128 << 20  # bytes; what workers do is kept there, no weights
 LATE = 100  # tenths of a second that they may take
+OWN, DRAWN = "mergekit-lite-ray-", 8  # what the names of folders begin with, and characters that follow
+LONGEST_FOLDER = 41  # bytes; sockets lie up to 64 deeper, and systems take paths of 103 (macOS) or 107
 TRIES, GAVE_UP = 3, "timed out during startup"  # Ray waits 30 s for itself, which is too short on a busy machine
 QUIET = {  # settings of Ray by environment variables: no usage statistics are sent, no tips given
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -169,10 +171,17 @@ def _silenced(ray: Any) -> Iterator[None]:
         worker.print_to_stdstream = printing
 
 
+def _short_folder() -> str:
+    """Return where temporary files go, or /tmp where that has too long a name for sockets, as on macOS."""
+    place = tempfile.gettempdir()
+    is_long = len(os.fsencode(place)) + 1 + len(OWN) + DRAWN > LONGEST_FOLDER
+    return "/tmp" if is_long and os.path.isdir("/tmp") else place  # noqa: PTH112
+
+
 @contextmanager
 def _own_folder() -> Iterator[str]:
     """Make an empty folder, and remove it at the end with what Ray leaves in it: some of its processes end late."""
-    folder = tempfile.mkdtemp(prefix="mergekit-lite-ray-")
+    folder = tempfile.mkdtemp(prefix=OWN, dir=_short_folder())
     try:
         yield folder
     finally:

@@ -57,7 +57,12 @@ class Round:
         return None
 
     def late(self) -> int | None:
-        """Return the task that one worker is at for longest, if that is too long: it may hang, and never die."""
+        """Return the task that one worker is at for longest, if that is too long: it may hang, and never die.
+
+        Before the first task is done nobody knows what is long.
+        """
+        if not self.done:
+            return None
         at = Counter(task for _, task in self.under_way.values())
         alone = [
             (self.given[reference], task)

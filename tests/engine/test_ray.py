@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from mergekit_lite import merge
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.commands import main
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
+from mergekit_lite.engine.ray_cluster import _short_folder
 from mergekit_lite.engine.ray_workers import LOOK_AROUND
 from mergekit_lite.engine.tensor_merge import JobMerge
 from mergekit_lite.merging import plan_merge
@@ -486,3 +488,10 @@ def test_a_host_that_is_cut_off(hosts: list[str], tmp_path: Path) -> None:
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
     told = json.loads(out)["nodes"]
     assert len(told) == 3 and sum(node["workers_lost"] for node in told) >= 1
+
+
+def test_where_sockets_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their paths are short in every system, so a folder with a long name is not for them."""
+    for place, chosen in {"/tmp/m12345678": "/tmp/m12345678", "/var/folders/zz/zyxvpxvq6csfxvn_n0/T": "/tmp"}.items():
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        assert _short_folder() == chosen

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mergekit_lite.boosting.boosting import search_and_write
 from mergekit_lite.boosting.description import described
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.errors import UsageError
+from tests.answers.aggregating.aggregates import reply
+from tests.answers.fake_server import Fake, fake_server
 from tests.boost.end_to_end import write_models, write_prompts
 from tests.boost.test_boost import ROOT, SHORT, request_of, rows_of
 from tests.ray_nodes import RayNodes, end_group, processes_in, wait_for
@@ -69,6 +72,34 @@ def measured_by(process: subprocess.Popen[str], log: Path, workers: int) -> None
     """Wait until so many processes have measured something."""
     wait_for(lambda: process.poll() is not None or (log.exists() and len(set(log.read_text().split())) >= workers))
     assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.slow
+def test_an_opponent_and_candidates_on_a_cluster(models: Path, tmp_path: Path, place_of_ray: Path) -> None:
+    """An opponent's own model answers there, a server's here; answers and rows are those of one process."""
+    layers = [{"step": "generate", "model": ["served", "own"]}, {"step": "fuse", "model": ["served"]}]
+    function = "function:tests.boost.test_opponent:seen"
+    with fake_server(Fake(reply=reply)) as fake:
+        asked = [
+            {"name": "served", "model": "SERVED", "server": fake.url, "sampling": {"max_tokens": 64}},
+            {"name": "own", "model": str(models / "sft"), "sampling": {"max_tokens": 6}},
+        ]
+        recipe = {"models": asked, "layers": layers, "name": "moa"}
+        (tmp_path / "moa.yml").write_text(yaml.safe_dump(recipe))
+        for output, ray in (("here", ()), ("there", ("--ray", "local:2"))):
+            ended = subprocess.run(
+                [sys.executable, "-m", "mergekit_lite", "boost", "sft", "dpo", *ARGUMENTS[:2], *ARGUMENTS[4:],
+                 "--score", function, "--opponent", tmp_path / "moa.yml", "-o", tmp_path / output, *ray],
+                cwd=models, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True,
+                text=True, timeout=900, check=False,
+            )  # fmt: skip
+            assert ended.returncode == 0, ended.stderr
+    for name in ("answers.jsonl", "answers.steps.jsonl"):
+        here, there = (sorted((tmp_path / f"{each}.boost" / "opponent" / name).read_text().splitlines())
+                       for each in ("here", "there"))  # fmt: skip
+        assert here == there and here
+    assert rows_of(tmp_path / "here.boost") == rows_of(tmp_path / "there.boost")
+    assert processes_in(place_of_ray) == set()
 
 
 @pytest.mark.slow
