@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from tests.boost.test_report import HOSTILE, Answering
 from tests.models import state, tuned, write_folder
 
 if not os.environ.get("CI"):
-    pytest.importorskip("gradio")
+    if find_spec("gradio") is None:  # not imported here: that takes seconds, and the servers do it
+        pytest.skip("needs gradio", allow_module_level=True)
     pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 

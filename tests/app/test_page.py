@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from tests.ports import free_port
 from tests.processes import wait_for_spans
 
 if not os.environ.get("CI"):
-    pytest.importorskip("gradio")
+    if find_spec("gradio") is None:  # not imported here: that takes seconds, and the servers do it
+        pytest.skip("needs gradio", allow_module_level=True)
     pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect, sync_playwright
 
