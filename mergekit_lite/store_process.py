@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
 from mergekit_lite.locks import ThreadLock
-from mergekit_lite.object_stores import NO_RANGES, is_on, parse_place, said, store_of, unsigned
+from mergekit_lite.object_stores import NO_RANGES, PREFIXES, is_on, parse_place, said, store_of, unsigned
 
 SIGNED_FOR = timedelta(hours=1)
 LENGTH = struct.Struct("<Q")
@@ -136,10 +136,10 @@ def sign(url: str) -> str | None:
     import obstore
 
     place = parse_place(url)
-    if place.scheme == "s3" and is_on(os.environ.get("AWS_SKIP_SIGNATURE", "")):
-        return unsigned(place)
-    try:
-        signed: str = obstore.sign(cast(Any, store_of(place)), "GET", place.key, SIGNED_FOR)
+    if is_on(os.environ.get(f"{PREFIXES[place.scheme]}_SKIP_SIGNATURE", "")):
+        return unsigned(place) if place.scheme == "s3" else None
+    try:  # hardly repeated: some credentials can sign only by a service, which may be out of reach
+        signed: str = obstore.sign(cast(Any, store_of(place, retries=1)), "GET", place.key, SIGNED_FOR)
     except Exception:
         return None
     return signed
