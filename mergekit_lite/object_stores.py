@@ -33,6 +33,7 @@ NO_RANGES = (
     "its server doesn't send ranges of files, so nothing can be read from it as it is needed. Download the model, and "
     "name the folder."
 )
+CHANGED = "changed since it was opened (its etag or its size is another one). Start again with a file that stays."
 CREDENTIALS = {  # where each store's own tools look
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION; AWS_SKIP_SIGNATURE=true for a "
     "public bucket",

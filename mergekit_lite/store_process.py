@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
 from mergekit_lite.locks import ThreadLock
-from mergekit_lite.object_stores import NO_RANGES, PREFIXES, is_on, parse_place, said, store_of, unsigned
+from mergekit_lite.object_stores import CHANGED, NO_RANGES, PREFIXES, is_on, parse_place, said, store_of, unsigned
 
 SIGNED_FOR = timedelta(hours=1)
 LENGTH = struct.Struct("<Q")
@@ -157,13 +157,13 @@ def read(url: str, begin: int, end: int, etag: str) -> bytes:
         found = obstore.get(store_of(place, retries=0), place.key, options=options)  # type: ignore[arg-type]
         data = bytes(found.bytes())
     except obstore.exceptions.PreconditionError:
-        raise RunError(f"{url}: changed while it was read") from None
+        raise RunError(f"{url}: {CHANGED}") from None
     except obstore.exceptions.BaseError as error:
         if "non-partial" in str(error):
             raise RunError(f"{url}: {NO_RANGES}") from None
         raise
     if etag and found.meta["e_tag"] and found.meta["e_tag"].strip('"') != etag.strip('"'):
-        raise RunError(f"{url}: changed while it was read")
+        raise RunError(f"{url}: {CHANGED}")
     return data
 
 
