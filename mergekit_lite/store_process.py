@@ -21,7 +21,18 @@ from typing import IO, Any, cast
 
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
 from mergekit_lite.locks import ThreadLock
-from mergekit_lite.object_stores import CHANGED, NO_RANGES, PREFIXES, is_on, parse_place, said, store_of, unsigned
+from mergekit_lite.object_stores import (
+    CHANGED,
+    NO_RANGES,
+    PREFIXES,
+    is_final,
+    is_on,
+    no_bucket,
+    parse_place,
+    said,
+    store_of,
+    unsigned,
+)
 
 SIGNED_FOR = timedelta(hours=1)
 LENGTH = struct.Struct("<Q")
@@ -103,8 +114,14 @@ def serve() -> None:
         except BaseException as error:
             kind = type(error).__name__
             why = said(error)
-            denied = kind in ("PermissionDeniedError", "UnauthenticatedError") or re.search(r"answered 40[013]\b", why)
-            answer = None, ("PermissionError" if denied else "OSError", why)
+            if lost := no_bucket(parse_place(arguments[0]), why):
+                answer = None, ("CheckpointError", lost)
+            elif kind in ("PermissionDeniedError", "UnauthenticatedError") or re.search(r"answered 40[013]\b", why):
+                answer = None, ("PermissionError", why)
+            elif is_final(error):
+                answer = None, ("CheckpointError", f"{arguments[0]}: can't be read: {why}.")
+            else:
+                answer = None, ("OSError", why)
         _send(answers, answer)
 
 

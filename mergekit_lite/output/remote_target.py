@@ -25,7 +25,7 @@ import xxhash
 from mergekit_lite.backoff import wait_after
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
-from mergekit_lite.object_stores import Place, denied, is_final, said, store_of
+from mergekit_lite.object_stores import Place, denied, is_final, no_bucket, said, store_of
 from mergekit_lite.output.upload import PATIENCE, Uploaded, tag
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.plain_text import is_plain_line
@@ -192,6 +192,8 @@ def _asked(place: Place, patience: float, request: Callable[[], T]) -> T | None:
         except (BaseError, PermissionError, OSError, ValueError) as error:
             if "answered 501" in said(error):
                 raise NotImplementedError from error
+            if lost := no_bucket(place, said(error)):
+                raise RunError(lost) from None
             is_denied = isinstance(error, PermissionError | PermissionDeniedError | Unauthenticated)
             if is_denied or "answered 403" in said(error) or "answered 401" in said(error):
                 raise RunError(f"{place}: {said(error)}: {denied(str(place))}") from None
