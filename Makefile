@@ -6,6 +6,7 @@
 # make demo-real   a released model: DPO on its own answers, extrapolation, costs, rounding (an hour)
 # make test    the test suite
 # make test-slow   the tests that take long: proofs by many runs, very many tensors, every family by every command
+# make test-stores   reading and writing over every object store whose server is installed (docs/remote.md, "Tried")
 # make bench   the speed and memory tables of extrapolate and merge (needs 45 GB of disk, removes what it makes)
 #              SIZE=1e9 other models; BENCH="--runs 5 --folder DIR" what both take; beside mergekit after `make parity`,
 #              unless MERGEKIT=
@@ -27,7 +28,7 @@ MERGEKIT ?= $(wildcard $(PARITY_VENV)/bin/mergekit-yaml)
 
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-boost demo-distill demo-fuse demo-merge demo-real test test-slow bench parity check dist space clean
+.PHONY: demo demo-boost demo-distill demo-fuse demo-merge demo-real test test-slow test-stores bench parity check dist space clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo.extrapolate --out demo/out
@@ -54,6 +55,9 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m slow --ignore tests/test_dist.py -n auto --dist loadfile
+
+test-stores: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -rs tests/stores/test_reading.py tests/remote -n auto --dist loadfile
 
 bench: MEASURED = $(addprefix --size ,$(SIZE)) $(addprefix --mergekit ,$(MERGEKIT)) $(BENCH)
 bench: $(VENV)/.ready

@@ -32,6 +32,7 @@ NO_RANGES = (
     "its server doesn't send ranges of files, so nothing can be read from it as it is needed. Download the model, and "
     "name the folder."
 )
+CHANGED = "changed since it was opened (its etag or its size is another one). Start again with a file that stays."
 CREDENTIALS = {  # where each store's own tools look
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION; AWS_SKIP_SIGNATURE=true for a "
     "public bucket",
@@ -41,6 +42,7 @@ CREDENTIALS = {  # where each store's own tools look
 }
 # A user and a password, which may have slashes, as keys of S3 do; a port is none.
 PASSWORD = re.compile(r"(?P<scheme>\w+://)(?!\[)[^/\s?#:@]*:(?:(?!\d*(?:[^\w+=~%-]|$))[^\s?#@]*@?|/[^\s?#@]+@)")
+NO_BUCKET = re.compile(r"\((NoSuchBucket|InvalidBucketName|ContainerNotFound|InvalidResourceName)\)")
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS", re.IGNORECASE)  # in the name of a variable
 PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # of the variables that a client is set up by
 SWITCHES = ("allow_http", "allow_invalid_certificates")
@@ -215,6 +217,8 @@ def said(error: BaseException) -> str:
         key = re.search(r'Path "([^"]*)"', text)
         what = f"a key {key[1]!r}" if key else "a key"
         return one_line(f"the store has {what} with a part that is empty or dots, which its client can't list", 300)
+    if "builder error" in text:  # of a client that is not allowed to make the request
+        return "an endpoint without TLS is asked only if AWS_ALLOW_HTTP=true is set (GOOGLE_…, AZURE_…)"
     if status := re.search(r"status code: (\d{3}[ \w]*)", text):
         code = re.search(r"<Code>(\w+)</Code>", text)
         return f"the store answered {status[1].strip()}" + (f" ({code[1]})" if code else "")
@@ -223,8 +227,18 @@ def said(error: BaseException) -> str:
 
 def is_final(error: BaseException) -> bool:
     """Return whether a client's error tells of what asking again doesn't change."""
-    return type(error).__name__ == "InvalidPathError" or (
-        re.search(r"answered 4(?!08|25|29)\d\d", said(error)) is not None
+    told = re.search(r"(answered |code: )4(?!08|25|29)\d\d|without TLS", said(error)) is not None
+    return told or type(error).__name__ == "InvalidPathError"
+
+
+def no_bucket(place: Place, why: str) -> str | None:
+    """Return what to do where an answer, as ``said``, tells that there is no such bucket; None where it doesn't."""
+    if NO_BUCKET.search(why) is None:
+        return None
+    what = "container" if place.scheme == "az" else "bucket"
+    return (
+        f"{place._replace(key='')}: there is no such {what}: {why}. Check its name, and what the environment says: "
+        f"{CREDENTIALS[place.scheme]}."
     )
 
 

@@ -21,7 +21,18 @@ from typing import IO, Any, cast
 
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
 from mergekit_lite.locks import ThreadLock
-from mergekit_lite.object_stores import NO_RANGES, is_on, place_at, said, store_of, unsigned
+from mergekit_lite.object_stores import (
+    CHANGED,
+    NO_RANGES,
+    PREFIXES,
+    is_final,
+    is_on,
+    no_bucket,
+    place_at,
+    said,
+    store_of,
+    unsigned,
+)
 
 SIGNED_FOR = timedelta(hours=1)
 LENGTH = struct.Struct("<Q")
@@ -101,16 +112,18 @@ def serve() -> None:
         except FileNotFoundError:
             answer = None, ("FileNotFoundError", "is not there")
         except BaseException as error:
-            answer = None, (_kind(error), said(error))
+            answer = None, _failure(arguments[0], error)
         _send(answers, answer)
 
 
-def _kind(error: BaseException) -> str:
-    """Return as what another process raises a client's error."""
-    name = type(error).__name__
-    if name in ("PermissionDeniedError", "UnauthenticatedError") or re.search(r"answered 40[013]\b", said(error)):
-        return "PermissionError"
-    return "CheckpointError" if name == "InvalidPathError" else "OSError"
+def _failure(url: str, error: BaseException) -> tuple[str, str]:
+    """Return as what ``ask`` raises a client's error, and its message."""
+    kind, why = type(error).__name__, said(error)
+    if lost := no_bucket(place_at(url), why):
+        return "CheckpointError", lost
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or re.search(r"answered 40[013]\b", why):
+        return "PermissionError", why
+    return ("CheckpointError", f"{url}: can't be read: {why}.") if is_final(error) else ("OSError", why)
 
 
 def list_folder(url: str) -> tuple[dict[str, tuple[int, str]], list[str]]:
@@ -141,10 +154,10 @@ def sign(url: str) -> str | None:
     import obstore
 
     place = place_at(url)
-    if place.scheme == "s3" and is_on(os.environ.get("AWS_SKIP_SIGNATURE", "")):
-        return unsigned(place)
-    try:
-        signed: str = obstore.sign(cast(Any, store_of(place)), "GET", place.key, SIGNED_FOR)
+    if is_on(os.environ.get(f"{PREFIXES[place.scheme]}_SKIP_SIGNATURE", "")):
+        return unsigned(place) if place.scheme == "s3" else None
+    try:  # hardly repeated: some credentials can sign only by a service, which may be out of reach
+        signed: str = obstore.sign(cast(Any, store_of(place, retries=1)), "GET", place.key, SIGNED_FOR)
     except Exception:
         return None
     return signed
@@ -162,13 +175,13 @@ def read(url: str, begin: int, end: int, etag: str) -> bytes:
         found = obstore.get(store_of(place, retries=0), place.key, options=options)  # type: ignore[arg-type]
         data = bytes(found.bytes())
     except obstore.exceptions.PreconditionError:
-        raise RunError(f"{url}: changed while it was read") from None
+        raise RunError(f"{url}: {CHANGED}") from None
     except obstore.exceptions.BaseError as error:
         if "non-partial" in str(error):
             raise RunError(f"{url}: {NO_RANGES}") from None
         raise
     if etag and found.meta["e_tag"] and found.meta["e_tag"].strip('"') != etag.strip('"'):
-        raise RunError(f"{url}: changed while it was read")
+        raise RunError(f"{url}: {CHANGED}")
     return data
 
 

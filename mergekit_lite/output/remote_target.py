@@ -25,7 +25,7 @@ import xxhash
 from mergekit_lite.backoff import wait_after
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
-from mergekit_lite.object_stores import Place, denied, is_final, said, store_of
+from mergekit_lite.object_stores import Place, denied, is_final, no_bucket, said, store_of
 from mergekit_lite.output.upload import PATIENCE, Uploaded, tag
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.plain_text import is_plain_line
@@ -150,13 +150,17 @@ class RemoteFolder:
         What is there afterwards tells whether it was.
         """
         import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         place = self.place / name
         mode: Any = "create" if seen is None else seen.version or "overwrite"
+
+        def write() -> None:
+            with suppress(AlreadyExistsError, PreconditionError):  # it is another one
+                obstore.put(self._store, place.key, content, mode=mode)
+
         try:
-            _asked(place, self._patience, lambda: obstore.put(self._store, place.key, content, mode=mode))
-        except FileExistsError:
-            pass
+            _asked(place, self._patience, write)
         except NotImplementedError:
             self.put(name, content)
 
@@ -172,16 +176,9 @@ def _asked(place: Place, patience: float, request: Callable[[], T]) -> T | None:
     """Return what a request of a store gives; None where what is asked for isn't there.
 
     It is repeated for ``patience`` seconds where it broke: the client repeats requests by itself, but not those whose
-    answer was cut. Raises RunError; FileExistsError where the object is there already, or is another one;
-    NotImplementedError where the store can't do it.
+    answer was cut. Raises RunError; NotImplementedError where the store can't do it.
     """
-    from obstore.exceptions import (
-        AlreadyExistsError,
-        BaseError,
-        NotSupportedError,
-        PermissionDeniedError,
-        PreconditionError,
-    )
+    from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError
     from obstore.exceptions import UnauthenticatedError as Unauthenticated
 
     until = time.monotonic() + patience
@@ -190,13 +187,13 @@ def _asked(place: Place, patience: float, request: Callable[[], T]) -> T | None:
             return request()
         except FileNotFoundError:
             return None
-        except (AlreadyExistsError, PreconditionError) as error:
-            raise FileExistsError(str(place)) from error
         except (NotSupportedError, NotImplementedError) as error:
             raise NotImplementedError from error
         except (BaseError, PermissionError, OSError, ValueError) as error:
             if "answered 501" in said(error):
                 raise NotImplementedError from error
+            if lost := no_bucket(place, said(error)):
+                raise RunError(lost) from None
             is_denied = isinstance(error, PermissionError | PermissionDeniedError | Unauthenticated)
             if is_denied or "answered 403" in said(error) or "answered 401" in said(error):
                 raise RunError(f"{place}: {said(error)}: {denied(str(place))}") from None

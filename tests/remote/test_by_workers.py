@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ from mergekit_lite.output import remote_workspace, upload
 from mergekit_lite.output.remote_target import RemoteFolder
 from tests.models import state, tree_bytes, tuned, write_folder
 from tests.ray_nodes import RayNodes, end_group, wait_for
-from tests.remote.object_store import BUCKET, Proxy, Store, make_dead, serving, spoiling
+from tests.remote.object_store import Proxy, spoiling
 from tests.remote.outputs import extrapolate, use
+from tests.stores.object_stores import BUCKET, Store, serving
 
 MERGE = ("merge", "ties.yml", "--shard-size", "20000", "-o")
 TIES = """
@@ -241,6 +243,14 @@ def under_way(
     finally:
         end_group(process)
         process.communicate()
+
+
+def make_dead(store: Store, output: str) -> None:
+    """Let the lock that a killed run left look as old as it would be some minutes later."""
+    lock = store.bucket / f".{output}.partial/lock"
+    if lock.exists():
+        long_ago = time.time() - 1000
+        os.utime(lock, (long_ago, long_ago))
 
 
 def weights(objects: dict[str, bytes], prefix: str = "") -> dict[str, bytes]:

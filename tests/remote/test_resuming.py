@@ -8,8 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,30 +28,36 @@ from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.engine import remote
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.object_stores import Place, parse_place
-from mergekit_lite.output import remote_workspace
+from mergekit_lite.output import remote_target, remote_workspace
 from mergekit_lite.output.remote_target import RemoteFolder
 from tests import processes
 from tests.models import state, tree_bytes, tuned, write_folder
-from tests.remote.object_store import Store, make_dead, serving, set_up, spoiling
-from tests.remote.outputs import MANIFEST, SHARD, extrapolate, under, use, without_card
+from tests.remote.object_store import long_after, set_up, spoiling
+from tests.remote.outputs import MANIFEST, SHARD, extrapolate, under, without_card
+from tests.stores.object_stores import Store
 
 
 def command(output: str) -> list[str]:
-    target = ["-o", f"s3://bucket/{output}", "--shard-size", str(SHARD)]
+    target = ["-o", output, "--shard-size", str(SHARD)]
     return ["extrapolate", "sft", "dpo", "--alpha", "0.3", "--threads", "1", *target]
 
 
-def killed(place: Path, store: Store, journals: int) -> None:
-    """Run the command until so many shards are journalled, and kill it."""
-    told = store.bucket / ".killed.partial"
-    before = partial(set_up, store.environment)
-    with processes.started(place, *command("killed"), before=before) as process:
-        until = time.monotonic() + 600
-        while process.running and not (told.exists() and len(list(told.glob("*.jsonl"))) >= journals):
-            assert time.monotonic() < until, "nothing is journalled"
-            time.sleep(0.005)
-        process.send(signal.SIGKILL)
-        process.end()
+def killed(place: Path, server: Store, name: str) -> None:
+    """Run the command until three shards are journalled, and kill it; the store takes its time, and no fourth one."""
+    with spoiling(server, delay=0.05, hold="model-00004") as (store, _):
+        before = partial(set_up, store.environment)
+        with processes.started(place, *command(store / name), before=before) as process:
+            until = time.monotonic() + 600
+            while process.running and sum(key.startswith(f".{name}.") for key in journals(server)) < 3:
+                assert time.monotonic() < until, "nothing is journalled"
+                time.sleep(0.02)
+            process.send(signal.SIGKILL)
+            process.end()
+
+
+def journals(store: Store) -> list[str]:
+    """The keys of the journals of finished shards."""
+    return [key for key in store.written() if key.endswith(".jsonl")]
 
 
 def test_a_shard_that_another_run_wrote(store: Store, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +73,9 @@ def test_a_shard_that_another_run_wrote(store: Store, models: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(remote_workspace, "standing", meddled)
         with pytest.raises(RunError, match=r"another run wrote there meanwhile(?s:.*)model-00001"):
-            extrapolate(models, "s3://bucket/meddled")
+            extrapolate(models, store / "meddled")
     assert MANIFEST not in under(store, "meddled")
-    extrapolate(models, "s3://bucket/meddled", resume=True)
+    extrapolate(models, store / "meddled", resume=True)
     assert without_card(under(store, "meddled")) == without_card(tree_bytes(models / "out"))
 
 
@@ -98,7 +102,7 @@ def test_a_vector_stopped_behind_its_weights(
     """The next run says how to go on, and does; the bytes are those of one that wasn't stopped."""
     settings: dict[str, Any] = {"format": "lora", "rank": 2} if name == "lora" else {}
     arguments = models / "sft", models / "dpo"
-    output = f"s3://bucket/stopped-{stopped_at}/{name}"
+    output = store / f"stopped-{stopped_at}/{name}"
     mergekit_lite.extract_vector(*arguments, tmp_path / name, **settings)
     put, delete = RemoteFolder.put, RemoteFolder.delete
 
@@ -127,58 +131,46 @@ def test_a_vector_stopped_behind_its_weights(
     assert not [key for key in under(store, f"stopped-{stopped_at}") if ".partial" in key]
 
 
-@contextmanager
-def slow(root: Path, hold: str = "") -> Iterator[Store]:
-    """A store that takes its time, and takes no file of the name ``hold``."""
-    with serving(root) as server, spoiling(server, delay=0.05, hold=hold) as (store, _):
-        yield store
-
-
-def test_a_killed_run_goes_on_from_elsewhere(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_from_elsewhere(
+    store: Store, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Finished shards are not made again; nothing is complete before the manifest."""
-    with slow(tmp_path / "store", hold="model-00004") as store:
-        killed(models, store, 3)
-    left = under(store, "killed")
+    killed(models, store, "killed")
+    left, then = under(store, "killed"), store.written()
     shards = [name for name in left if name.startswith("model-")]
     finished = {name.rpartition("/")[2].removesuffix(".jsonl") for name in left if name.endswith(".jsonl")}
     assert MANIFEST not in left and "model.safetensors.index.json" not in left and 3 <= len(finished) < 6
     assert all(left[name] == (models / "out" / name).read_bytes() for name in shards)
-    make_dead(store, "killed")
-    times = {name: (store.bucket / "killed" / name).stat().st_mtime_ns for name in shards}
+    monkeypatch.setattr(remote_target, "DEAD", 0.0)
     elsewhere = tmp_path / "elsewhere"  # as on another machine: other paths, other times
     for name in ("sft", "dpo"):
         shutil.copytree(models / name, elsewhere / name, copy_function=shutil.copyfile)
-    with serving(store.root) as server:
-        use(server, monkeypatch)
-        with pytest.raises(UsageError, match="--resume goes on"):
-            extrapolate(models, "s3://bucket/killed")
-        extrapolate(elsewhere, "s3://bucket/killed", resume=True)
+    with pytest.raises(UsageError, match="--resume goes on"):
+        extrapolate(models, store / "killed")
+    extrapolate(elsewhere, store / "killed", resume=True)
     assert without_card(under(store, "killed")) == without_card(tree_bytes(models / "out"))
-    kept = {name for name, then in times.items() if (store.bucket / "killed" / name).stat().st_mtime_ns == then}
-    assert kept == finished
+    now = store.written()
+    assert {name for name in shards if now[f"killed/{name}"] == then[f"killed/{name}"]} == finished
 
 
 def test_a_finished_shard_that_changed_or_inputs_that_did(
-    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with slow(tmp_path / "store", hold="model-00004") as store:
-        killed(models, store, 3)
-    make_dead(store, "killed")
-    first = next((store.bucket / "killed").glob("model-00001-*"))
-    content = bytearray(first.read_bytes())
+    killed(models, store, "changed")
+    monkeypatch.setattr(remote_target, "DEAD", 0.0)
+    first = min(key for key in store.written() if key.startswith("changed/model-00001-"))
+    content = bytearray(store.get(first))
     content[-1] ^= 1
-    first.write_bytes(content)
+    store.put(first, bytes(content))
     other = state(9, layers=8, hidden=64, vocabulary=500)
     write_folder(tmp_path / "sft", other)
     write_folder(tmp_path / "dpo", tuned(other, 2), shards=2)
-    with serving(store.root) as server:
-        use(server, monkeypatch)
-        with pytest.raises(RunError, match="not those of the run that was stopped"):
-            extrapolate(tmp_path, "s3://bucket/killed", resume=True)
-        with pytest.raises(RunError, match="another plan"):
-            extrapolate(models, "s3://bucket/killed", 0.4, resume=True)
-        extrapolate(models, "s3://bucket/killed", resume=True)
-    assert without_card(under(store, "killed")) == without_card(tree_bytes(models / "out"))
+    with pytest.raises(RunError, match="not those of the run that was stopped"):
+        extrapolate(tmp_path, store / "changed", resume=True)
+    with pytest.raises(RunError, match="another plan"):
+        extrapolate(models, store / "changed", 0.4, resume=True)
+    extrapolate(models, store / "changed", resume=True)
+    assert without_card(under(store, "changed")) == without_card(tree_bytes(models / "out"))
 
 
 def stopped_merge(models: Path, output: str, patch: pytest.MonkeyPatch, **how: object) -> None:
@@ -210,7 +202,7 @@ def test_any_byte_of_an_input_that_changed_is_seen(
     store: Store, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever bytes of a finished shard it is in; what is in another shard is made again anyway."""
-    output = "s3://bucket/other-byte"
+    output = store / "other-byte"
     stopped_merge(models, output, monkeypatch)
     finished = [each.removesuffix(".jsonl") for each in under(store, "other-byte") if each.endswith(".jsonl")]
     shards = [under(store, "other-byte")[name.rpartition("/")[2]] for name in finished]
@@ -236,11 +228,11 @@ def test_statistics_of_inputs_with_other_times(
     store: Store, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No span's digest tells what a threshold of the whole model was made of."""
-    stopped_merge(models, "s3://bucket/global", monkeypatch, trim="global")
+    stopped_merge(models, store / "global", monkeypatch, trim="global")
     shutil.copytree(models, tmp_path / "copy", ignore=shutil.ignore_patterns("out"))
     with pytest.raises(RunError, match=r"statistics over several tensors(?s:.*)rsync -a(?s:.*)dpo/model-"):
-        merge(tmp_path / "copy", "s3://bucket/global", resume=True, trim="global")
-    merge(models, "s3://bucket/global", resume=True, trim="global")
+        merge(tmp_path / "copy", store / "global", resume=True, trim="global")
+    merge(models, store / "global", resume=True, trim="global")
     assert MANIFEST in under(store, "global")
 
 
@@ -275,26 +267,26 @@ def test_digests_are_taken_of_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("output", ["killed", "killed.safetensors"])
-def test_kills_at_random_moments(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+@pytest.mark.parametrize("output", ["random", "random.safetensors"])
+def test_kills_at_random_moments(
+    store: Store, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
     draws = random.Random(seed)
+    monkeypatch.setattr(remote_target, "DEAD", 0.0)
     extrapolate(models, str(tmp_path / output), threads=1)
-    wanted = without_card(tree_bytes(tmp_path / output if output == "killed" else tmp_path))
+    wanted = without_card(tree_bytes(tmp_path / output if output == "random" else tmp_path))
     for number in range(8):
-        root = tmp_path / f"store{number}"
+        key = f"{output}-{number}/{output}"
         while draws.random() < 0.7:
-            with slow(root) as store:
-                before = partial(set_up, store.environment)
-                with processes.started(models, *command(output), "--resume", before=before) as process:
+            with spoiling(store, delay=0.05) as (slow, _):
+                before = partial(long_after, slow.environment)
+                with processes.started(models, *command(slow / key), "--resume", before=before) as process:
                     time.sleep(draws.uniform(0.2, 2.5))
                     process.send(signal.SIGKILL)
                     process.end()
-            left = without_card(under(store, "killed"))
+            left = without_card(under(store, f"{output}-{number}/random"))
             assert all(wanted[name] == content for name, content in left.items() if name in wanted)
-            make_dead(store, output)
-        with serving(root) as store:
-            use(store, monkeypatch)
-            extrapolate(models, f"s3://bucket/{output}", resume=True)
-        assert without_card(under(store, "killed")) == wanted
+        extrapolate(models, store / key, resume=True)
+        assert without_card(under(store, f"{output}-{number}/random")) == wanted

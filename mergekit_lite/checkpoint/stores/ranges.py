@@ -24,7 +24,6 @@ BUFFERED = 1 << 18  # bytes of a header that are fetched at once
 PIECE = 1 << 18  # bytes that are read at once: as many are lost at most where an answer breaks
 RANGE = re.compile(r"bytes (?P<first>\d+)-(?P<last>\d+)/(?P<size>\d+|\*)")
 COMPRESSED = ("br", "compress", "deflate", "gzip", "x-gzip", "zstd")
-CHANGED = "changed since it was opened (its etag or its size is another one). Start again with a file that stays."
 
 
 @dataclass
@@ -171,7 +170,7 @@ def _checked(file: RemoteFile, begin: int, length: int, answer: requests.Answer)
     if status in (404, 410):
         raise CheckpointError(f"{file.url}: was there when it was opened, and is gone (the server answered {status}).")
     if status in (412, 416):
-        raise RunError(f"{file.url}: {CHANGED}")
+        raise RunError(f"{file.url}: {object_stores.CHANGED}")
     if status in (400, 401, 403):
         raise _Again(f"the server answered {status}: access was refused", anew=True)
     if status not in (200, 206):
@@ -183,14 +182,14 @@ def _checked(file: RemoteFile, begin: int, length: int, answer: requests.Answer)
         )
     etag = answer.headers.get("ETag")
     if etag and file.etag and not file.url.startswith("hf://") and bare(etag) != file.etag:
-        raise RunError(f"{file.url}: {CHANGED}")
+        raise RunError(f"{file.url}: {object_stores.CHANGED}")
     told = RANGE.fullmatch(answer.headers.get("Content-Range", ""))
     if told is None:
         if status == 200 and begin == 0 and answer.length == length == file.size:
             return length
         raise RunError(f"{file.url}: {object_stores.NO_RANGES}")
     if told["size"] not in ("*", str(file.size)):
-        raise RunError(f"{file.url}: {CHANGED}")
+        raise RunError(f"{file.url}: {object_stores.CHANGED}")
     count = int(told["last"]) - begin + 1
     if int(told["first"]) != begin or not 0 < count <= length or answer.length not in (None, count):
         raise _Again("the server sent another range than was asked for")
