@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,13 @@ from mergekit_lite.commands.app.runs import FOLDER, PROGRAM, Runs, ask
 from mergekit_lite.errors import UsageError
 from tests.app.test_parts import TIES
 from tests.models import state, write_folder
+
+if not os.environ.get("CI"):
+    pytest.importorskip("gradio")
+import gradio as gr
+
+from mergekit_lite.commands.app.page import page
+from mergekit_lite.commands.app.tabs.parts import IDLE, TICK
 
 
 def test_one_run_at_a_time(places: Places) -> None:
@@ -31,6 +39,33 @@ def test_one_run_at_a_time(places: Places) -> None:
             Runs(places.root).start(TIES, "other")
     assert Runs(places.root).state().kind == "failed"
     assert not (folder / "other.yml").exists()
+
+
+def test_what_is_shown_is_not_sent_again(places: Places) -> None:
+    """One request looks at all runs: quickly where one goes on, rarely where none does."""
+    (tick,) = [each for each in page(places, {}).fns.values() if any(event == "tick" for _, event in each.targets)]
+    states = [each for each in tick.inputs if isinstance(each, gr.State)]
+
+    def looked(seconds: float, known: list[Any]) -> tuple[Any, list[Any], dict[Any, Any]]:
+        timer, *values = tick.fn(seconds, *known)
+        return timer, values, dict(zip(tick.outputs[1:], values, strict=True))
+
+    timer, values, shown = looked(TICK, [each.value for each in states])
+    assert timer.value == IDLE and values[0] != gr.skip()
+    known = [shown[each] for each in states]
+    timer, values, _ = looked(IDLE, known)
+    assert timer == gr.skip() and all(value == gr.skip() for value in values)
+    folder = places.root / FOLDER
+    folder.mkdir(mode=0o700)
+    record = {"arguments": ["merge"], "output": "merged", "outputs": ["merged"], "process": 1}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "lock").write_text("run")
+    with (folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        timer, values, _ = looked(IDLE, known)
+        assert timer.value == TICK and any("merged</b> runs" in str(value) for value in values)
+    timer, values, _ = looked(TICK, known)
+    assert timer.value == IDLE and any("merged</b> failed" in str(value) for value in values)
 
 
 def test_no_module_comes_from_the_folder_of_the_models(places: Places) -> None:

@@ -12,16 +12,15 @@ from mergekit_lite.commands.app.downloads import Downloads, Needed
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import table
 from mergekit_lite.commands.app.runs import STREAM, State, shown_command
-from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
+from mergekit_lite.commands.app.tabs.parts import Online, Watch, asked, listed, on, refusal
 from mergekit_lite.commands.units import size
 from mergekit_lite.errors import MergekitLiteError, counted
 from mergekit_lite.pages.html import Markup, element
 
 MOST_NAMES = 16
-TICK = 1.0  # seconds between two looks at a download
 
 
-def hub_part(places: Places, online: Online) -> gr.Textbox:
+def hub_part(places: Places, online: Online, watch: Watch) -> gr.Textbox:
     """Lay out the part, and return the field of the names."""
     downloads = Downloads(places, online)
     with gr.Accordion("Models of the hub", open=False, elem_id="hub"):
@@ -63,21 +62,21 @@ def hub_part(places: Places, online: Online) -> gr.Textbox:
         try:
             downloads.start(models)
         except MergekitLiteError as error:
-            return [refusal(str(error)), gr.skip(), None]
-        return ["", gr.Button(interactive=False), None]
+            return [refusal(str(error)), gr.skip(), None, gr.skip()]
+        return ["", gr.Button(interactive=False), None, watch.soon()]
 
-    def seen(before: object) -> list[Any]:
+    def seen(before: object) -> tuple[bool, list[Any]]:
         now = (downloads.state(), downloads.goes_on)
-        if now == before:
-            return [gr.skip()] * 3
         (run, model, here), goes_on = now
-        return [_state(run, model, here), gr.Button(interactive=goes_on), now]
+        if now == before:
+            return goes_on, [gr.skip()] * 3
+        return goes_on, [_state(run, model, here), gr.Button(interactive=goes_on), now]
 
     on(look.click, looked, names, [told, offered, start])
     on(by_range.click, inspected, names, told)
-    on(start.click, started, offered, [stands, start, known])
+    on(start.click, started, offered, [stands, start, known, watch.timer])
     on(stop.click, downloads.stop, None, None)
-    on(gr.Timer(TICK).tick, seen, known, [stands, stop, known], show_progress="hidden")
+    watch.add(seen, [known], [stands, stop, known])
     on(names.input, lambda: [[], gr.Button("Download", interactive=False)], None, [offered, start])
     return names
 

@@ -10,11 +10,11 @@ import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.tabs.hub import hub_part
-from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
+from mergekit_lite.commands.app.tabs.parts import Online, Watch, asked, listed, on, refusal
 from mergekit_lite.pages.html import Markup, element
 
 
-def models_tab(places: Places, online: Online) -> gr.Textbox:
+def models_tab(places: Places, online: Online, watch: Watch) -> gr.Textbox:
     """Lay out the tab, and return the field for names of models of the hub."""
     chosen = gr.Dropdown(
         places.models(), multiselect=True, label="Models", info="For a comparison, the base first", elem_id="models"
@@ -24,7 +24,7 @@ def models_tab(places: Places, online: Online) -> gr.Textbox:
         compare = gr.Button("Compare", variant="primary", elem_id="compare")
         refresh = gr.Button("Look again", elem_id="refresh")
     told = gr.HTML(elem_id="told")
-    names = hub_part(places, online)
+    names = hub_part(places, online, watch)
 
     def inspected(names: list[str]) -> Markup:
         return listed([asked(places, ["inspect", name], [name]) for name in names], "Choose a model.")
