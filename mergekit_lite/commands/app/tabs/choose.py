@@ -89,6 +89,8 @@ def choose_tab(places: Places, watch: Watch) -> None:
 
     def look() -> list[Any]:
         state = runs.state()
+        if state.kind == "running":
+            let_go()  # a search needs the memory
         return [watch.soon(), "", _state(runs, state), *usable(state)]
 
     def seen(stood: str, before: str) -> tuple[bool, list[Any]]:
@@ -145,7 +147,7 @@ def choose_tab(places: Places, watch: Watch) -> None:
         show_progress="hidden",
         trigger_mode="always_last",  # else what is chosen while the page still answers is lost
     )
-    chat_part(places, base, tuned)
+    let_go = chat_part(places, base, tuned, watch)
 
 
 def _state(runs: Runs, state: State) -> Markup:
