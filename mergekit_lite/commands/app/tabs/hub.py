@@ -12,16 +12,17 @@ from mergekit_lite.commands.app.downloads import Downloads, Needed
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import table
 from mergekit_lite.commands.app.runs import STREAM, State, shown_command
-from mergekit_lite.commands.app.tabs.parts import Online, Watch, asked, listed, on, refusal
+from mergekit_lite.commands.app.tabs.parts import Online, Watch, asked, compared, listed, on, refusal
 from mergekit_lite.commands.units import size
 from mergekit_lite.errors import MergekitLiteError, counted
 from mergekit_lite.pages.html import Markup, element
 
 MOST_NAMES = 16
+MOST_COMPARED = 20_000_000_000  # bytes of weights that are fetched to be looked at once, and not kept
 
 
-def hub_part(places: Places, online: Online, watch: Watch) -> gr.Textbox:
-    """Lay out the part, and return the field of the names."""
+def hub_part(places: Places, online: Online, watch: Watch, chosen: gr.Dropdown) -> gr.Textbox:
+    """Lay out the part, and return the field of the names; models that are ``chosen`` above are compared with them."""
     downloads = Downloads(places, online)
     with gr.Accordion("Models of the hub", open=False, elem_id="hub"):
         names = gr.Textbox(
@@ -32,6 +33,7 @@ def hub_part(places: Places, online: Online, watch: Watch) -> gr.Textbox:
         with gr.Row():
             look = gr.Button("What would it take?", variant="primary", elem_id="hub-look")
             by_range = gr.Button("Inspect by range", elem_id="hub-range")
+            compare = gr.Button("Compare by range", elem_id="hub-compare")
             start = gr.Button("Download", interactive=False, elem_id="hub-download")
             stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="hub-stop")
         told = gr.HTML(elem_id="hub-told")
@@ -58,6 +60,23 @@ def hub_part(places: Places, online: Online, watch: Watch) -> gr.Textbox:
             return refusal(str(error))
         return listed([asked(places, ["inspect", name, STREAM], [name], environment=online) for name in found])
 
+    def compared_by_range(here: list[str], written: str) -> Markup:
+        try:
+            names = _named(written)
+            found = downloads.needed(names)
+        except MergekitLiteError as error:
+            return refusal(str(error))
+        if wrong := [f"{each.name}: {each.error}" for each in found if each.error]:
+            return refusal("\n".join(wrong))
+        models = [*here, *names]
+        if (weights := sum(each.weights for each in found)) > MOST_COMPARED:
+            command = shown_command(["compare", *models, STREAM])
+            return refusal(
+                f"All {size(weights)} of weights would be fetched; here it may be {size(MOST_COMPARED)}. Download the "
+                f"models, or let the command compare them: {command}"
+            )
+        return compared(places, models, [STREAM], online)
+
     def started(models: list[Needed]) -> list[Any]:
         try:
             downloads.start(models)
@@ -74,6 +93,7 @@ def hub_part(places: Places, online: Online, watch: Watch) -> gr.Textbox:
 
     on(look.click, looked, names, [told, offered, start])
     on(by_range.click, inspected, names, told)
+    on(compare.click, compared_by_range, [chosen, names], told)
     on(start.click, started, offered, [stands, start, known, watch.timer])
     on(stop.click, downloads.stop, None, None)
     watch.add(seen, [known], [stands, stop, known])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -112,6 +114,23 @@ def asked(
     except MergekitLiteError as error:
         said = str(error)
     return element("div", element("code", shown_command(arguments)), element("pre", said, tabindex="0"))
+
+
+def compared(
+    places: Places, names: list[str], options: Sequence[str] = (), environment: Online = MappingProxyType({})
+) -> Markup:
+    """Return what ``compare`` says of models, the base first, and its page."""
+    if len(names) < 2:
+        return refusal("Choose a base and a model that was tuned from it, or several.")
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "compare.html")
+        more = ["--html", str(file)]
+        said = asked(places, ["compare", *names, *options], names, more, environment=environment)
+        if not file.exists():
+            return said
+        whole = file.read_text(encoding="utf-8")
+    frame = element("iframe", srcdoc=whole, sandbox="allow-scripts", title="Comparison", class_="report")
+    return listed([said, frame])
 
 
 def refusal(text: str) -> Markup:
