@@ -21,8 +21,7 @@ if not os.environ.get("CI"):
     pytest.importorskip("gradio")
 import gradio as gr
 
-from mergekit_lite.commands.app.page import page
-from mergekit_lite.commands.app.tabs.parts import IDLE, TICK
+from mergekit_lite.commands.app.tabs.parts import IDLE, TICK, Watch
 
 
 def test_one_run_at_a_time(places: Places) -> None:
@@ -41,31 +40,23 @@ def test_one_run_at_a_time(places: Places) -> None:
     assert not (folder / "other.yml").exists()
 
 
-def test_what_is_shown_is_not_sent_again(places: Places) -> None:
-    """One request looks at all runs: quickly where one goes on, rarely where none does."""
-    (tick,) = [each for each in page(places, {}).fns.values() if any(event == "tick" for _, event in each.targets)]
-    states = [each for each in tick.inputs if isinstance(each, gr.State)]
+def test_one_look_at_all_parts_is_quick_where_one_of_them_runs() -> None:
+    """Each part gets what it shows; the timer changes only where it has to."""
+    running = {"first": False, "second": False}
+    asked: list[tuple[Any, ...]] = []
 
-    def looked(seconds: float, known: list[Any]) -> tuple[Any, list[Any], dict[Any, Any]]:
-        timer, *values = tick.fn(seconds, *known)
-        return timer, values, dict(zip(tick.outputs[1:], values, strict=True))
+    def part(name: str) -> Any:
+        return lambda *known: (running[name], [asked.append(known) or name, len(known)])  # type: ignore[func-returns-value]
 
-    timer, values, shown = looked(TICK, [each.value for each in states])
-    assert timer.value == IDLE and values[0] != gr.skip()
-    known = [shown[each] for each in states]
-    timer, values, _ = looked(IDLE, known)
-    assert timer == gr.skip() and all(value == gr.skip() for value in values)
-    folder = places.root / FOLDER
-    folder.mkdir(mode=0o700)
-    record = {"arguments": ["merge"], "output": "merged", "outputs": ["merged"], "process": 1}
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "lock").write_text("run")
-    with (folder / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        timer, values, _ = looked(IDLE, known)
-        assert timer.value == TICK and any("merged</b> runs" in str(value) for value in values)
-    timer, values, _ = looked(TICK, known)
-    assert timer.value == IDLE and any("merged</b> failed" in str(value) for value in values)
+    watch = Watch()
+    watch.add(part("first"), [gr.State()], [])
+    watch.add(part("second"), [gr.State(), gr.State()], [])
+    assert watch.looked(IDLE, 1, 2, 3) == [gr.skip(), "first", 1, "second", 2]
+    assert asked == [(1,), (2, 3)]
+    assert watch.looked(TICK, 1, 2, 3)[0].value == IDLE
+    running["second"] = True
+    assert watch.looked(IDLE, 1, 2, 3)[0].value == TICK
+    assert watch.looked(TICK, 1, 2, 3)[0] == gr.skip()
 
 
 def test_no_module_comes_from_the_folder_of_the_models(places: Places) -> None:

@@ -62,14 +62,15 @@ class Watch:
         known = [each for part in self._parts for each in part.known]
         outputs = [each for part in self._parts for each in part.outputs]
 
-        def ticked(seconds: float, *before: Any) -> list[Any]:
-            each = iter(before)
-            found = [part.look(*islice(each, len(part.known))) for part in self._parts]
-            wanted = TICK if any(goes_on for goes_on, _ in found) else IDLE
-            values = [value for _, values in found for value in values]
-            return [gr.skip() if seconds == wanted else gr.Timer(wanted), *values]
+        on(self.timer.tick, self.looked, [self.timer, *known], [self.timer, *outputs], show_progress="hidden")
 
-        on(self.timer.tick, ticked, [self.timer, *known], [self.timer, *outputs], show_progress="hidden")
+    def looked(self, seconds: float, *before: Any) -> list[Any]:
+        """Return what the timer and all outputs become, from the timer's seconds and what all parts show."""
+        each = iter(before)
+        found = [part.look(*islice(each, len(part.known))) for part in self._parts]
+        wanted = TICK if any(goes_on for goes_on, _ in found) else IDLE
+        values = [value for _, values in found for value in values]
+        return [gr.skip() if seconds == wanted else gr.Timer(wanted), *values]
 
 
 def usable(state: State) -> list[gr.Button]:
