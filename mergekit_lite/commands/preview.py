@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.previewing.preview import OnTokens, Preview, Previewed
+    from mergekit_lite.previewing.preview import Kept, OnTokens, Preview, Previewed
     from mergekit_lite.previewing.request import Prepared, Request
     from mergekit_lite.previewing.search import Beam
 
@@ -72,7 +72,9 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be loaded.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print answers and warnings only.")
+@click.pass_obj
 def command(
+    kept: Kept | None,
     texts: tuple[str, ...],
     prompts: tuple[Path, ...],
     limit: int | None,
@@ -92,13 +94,15 @@ def command(
     same: choose an alpha by boost, on the real models.
     """
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.previewing.preview import loaded, previews
+    from mergekit_lite.previewing.preview import Kept, previews
     from mergekit_lite.previewing.request import Request, asked_prompts, prepare, sampling_of
 
     screen = Screen(quiet=quiet or as_json, verbose=False)
     sampling = sampling_of(temperature, top_p, repetition_penalty, max_tokens, searching=beam is not None)
     asked = asked_prompts(texts, prompts)
-    prepared = prepare(Request(prompts=tuple(asked.prompts[:limit]), sampling=sampling, beam=beam, **given))
+    kept = kept or Kept()  # a process that runs several commands has one
+    request = Request(prompts=tuple(asked.prompts[:limit]), sampling=sampling, beam=beam, **given)
+    prepared = prepare(request, kept.make_room)
     for note in (*(f"left out: {problem}" for problem in asked.problems), *prepared.notes):
         screen.warn(note)
     if dry_run or not screen.quiet:
@@ -108,7 +112,7 @@ def command(
             click.echo(json.dumps(_described(prepared), indent=1))
         return
     done = []
-    with loaded(prepared) as readers, _streaming(screen, prepared) as watch:
+    with kept.loaded(prepared) as readers, _streaming(screen, prepared) as watch:
         for each in previews(prepared, readers, watch):
             done.append(each)
             if not as_json:

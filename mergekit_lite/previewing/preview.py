@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.answers.rows import Message, Prompt, seed_of, user_text
@@ -155,6 +156,67 @@ def loaded(prepared: Prepared) -> Iterator[list[Reader]]:
     finally:
         readers.clear()
         free_memory()
+
+
+class Kept:
+    """Models that stay loaded from one preview to the next, as long as that needs the same ones, of the same files."""
+
+    def __init__(self) -> None:
+        """Keep none yet."""
+        self._of: object = None
+        self._readers: list[Reader] = []
+        self._held = ExitStack()
+
+    def make_room(self, models: Sequence[Opened], device: str) -> bool:
+        """Let go of models that aren't these; return whether these are loaded."""
+        if self._of is not None and self._of == _identity(models, device):
+            return True
+        self.let_go()
+        return False
+
+    @contextmanager
+    def loaded(self, prepared: Prepared) -> Iterator[list[Reader]]:
+        """Load the models, unless they are. Raises as ``loaded`` does."""
+        if not self.make_room(prepared.models, prepared.device):
+            of = _identity(prepared.models, prepared.device)  # before they are read: they may change meanwhile
+            self._readers = self._held.enter_context(loaded(prepared))
+            self._of = of
+        try:
+            yield self._readers
+        finally:
+            for reader in self._readers:
+                reader.forget()
+
+    def let_go(self) -> None:
+        """Free the memory of the models."""
+        self._of = None
+        self._readers = []
+        self._held.close()
+
+
+def _identity(models: Sequence[Opened], device: str) -> object:
+    """Return what tells loaded models apart: their files, as the disk has them now, and what becomes of them.
+
+    Files elsewhere are never the same ones.
+    """
+    return device, [
+        (
+            model.role,
+            model.reference,
+            {job.dtype for job in model.plan.jobs},
+            [each.config for each in model.plan.inputs],
+            [_as_it_is(Path(file.path)) for each in model.plan.inputs for file in each.files_read],
+        )
+        for model in models
+    ]
+
+
+def _as_it_is(path: Path) -> object:
+    try:
+        found = path.stat()
+    except OSError:
+        return object()
+    return str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _model(opened: Opened, prepared: Prepared) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,8 +87,10 @@ def sampling_of(
     return Sampling(temperature=drawn, top_p=top_p, repetition_penalty=repetition_penalty, max_tokens=max_tokens)
 
 
-def prepare(request: Request) -> Prepared:
+def prepare(request: Request, has_room: Callable[[Sequence[Opened], str], bool] | None = None) -> Prepared:
     """Check a request; of the models only headers are read.
+
+    ``has_room`` tells of models and a device whether they are in its memory already.
 
     Raises:
         UsageError: it can't be carried out.
@@ -103,7 +105,8 @@ def prepare(request: Request) -> Prepared:
     factors = {model.role: tuple(_weight(model.role, alpha, request.on) for alpha in request.alphas) for model in every}
     needed = {SFT, ALIGNED} if request.beam else set()
     models = tuple(model for model in every if any(factors[model.role]) or model.role in needed)
-    check_memory(models, device)
+    if has_room is None or not has_room(models, device):
+        check_memory(models, device)
     template = ChatTemplate(aligned.tokenizer)
     prompts = tuple(_tokens(prompt, request, template, models) for prompt in request.prompts)
     notes += template.notes

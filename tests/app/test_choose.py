@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ from mergekit_lite.boosting.search.choice import boost
 from mergekit_lite.boosting.search.point import Settings
 from mergekit_lite.boosting.search.search import grid
 from mergekit_lite.boosting.search.study import Study
+from mergekit_lite.commands.app import resident as residing
 from mergekit_lite.commands.app import runs as running
 from mergekit_lite.commands.app.boosts import BOOST, boost_arguments, data_files
 from mergekit_lite.commands.app.chats import PREVIEW, Chat, ask, chat, forget
 from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.app.resident import Resident
 from mergekit_lite.commands.app.runs import FOLDER, Runs
 from mergekit_lite.commands.app.searched import beside, found, in_part, names_of
 from mergekit_lite.errors import UsageError
@@ -42,6 +45,12 @@ from playwright.sync_api import Page, expect
 
 __all__ = ["browser"]  # a fixture
 SLEEPS = (sys.executable, "-c", "import time; print('it sleeps', flush=True); time.sleep(600)")
+ANSWERS_LATE = (
+    sys.executable,
+    "-c",
+    "import os, socket, sys, time; _, files, *_ = socket.recv_fds(socket.socket(fileno=int(sys.argv[1])), 65536, 3); "
+    "os.write(files[1], b'it sleeps'); time.sleep(600)",
+)
 QUESTION = "What is <img src=x onerror=document.title='hit'>?"
 
 
@@ -130,6 +139,8 @@ def test_no_checkpoint_of_a_run_leads_out(places: Places, checkpoints: str) -> N
 
 def test_one_run_goes_on_at_a_time_of_whatever_kind(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "PROGRAM", SLEEPS)
+    monkeypatch.setattr(residing, "PROGRAM", ANSWERS_LATE)
+    resident = Resident(places.root)
     merges, searches, chats = (Runs(places.root, kind) for kind in (running.MERGE, BOOST, PREVIEW))
     searches.launch(["boost"], "boosted")
     try:
@@ -137,22 +148,23 @@ def test_one_run_goes_on_at_a_time_of_whatever_kind(places: Places, monkeypatch:
         with pytest.raises(UsageError, match="A run goes on"):
             merges.start("", "merged", ["merged"])
         with pytest.raises(UsageError, match="A run goes on"):
-            ask(places, chats, ("./sft", "./dpo"), (0, 0.5), 8, "What?")
+            ask(places, chats, resident, ("./sft", "./dpo"), (0, 0.5), 8, "What?")
+        assert not resident.holds
         chats.stop()  # not its own
         assert Runs(places.root, BOOST).state().kind == "running"
         wait(lambda: "it sleeps" in searches.state().said)
     finally:
         searches.stop()
     wait(lambda: searches.state().kind == "failed")  # nothing of a search is there to go on with
-    ask(places, chats, ("./sft", "./dpo"), (0, 0.5), 8, QUESTION)
+    ask(places, chats, resident, ("./sft", "./dpo"), (0, 0.5), 8, QUESTION)
     wait(lambda: b"it sleeps" in (chats.folder / "preview.out").read_bytes())
     assert chats.state().kind == "running" and searches.state().kind == "failed"
     chats.stop()
     wait(lambda: chats.state().kind == "failed")
     asked = ({"role": "user", "content": QUESTION},)
     assert chat(chats) == Chat(("./sft", "./dpo"), ("0", "0.5"), (asked, asked), answered=False)
-    forget(chats)
-    assert chat(chats) == Chat()
+    forget(chats, resident)
+    assert chat(chats) == Chat() and not resident.holds
 
 
 @pytest.mark.parametrize(
@@ -170,7 +182,48 @@ def test_one_run_goes_on_at_a_time_of_whatever_kind(places: Places, monkeypatch:
 def test_what_can_not_be_asked_is_told(places: Places, changed: dict[str, Any], said: str) -> None:
     asked: dict[str, Any] = {"models": ("./sft", "./dpo"), "alphas": (0, 0.5), "most": 8, "question": "What?"}
     with pytest.raises(UsageError, match=said):
-        ask(places, Runs(places.root, PREVIEW), **asked | changed)
+        ask(places, Runs(places.root, PREVIEW), Resident(places.root), **asked | changed)
+
+
+@pytest.fixture
+def resident(root: Path) -> Iterator[Resident]:
+    found = Resident(root)
+    yield found
+    found.let_go()
+
+
+def test_a_chat_keeps_its_models_while_it_is_open(
+    root: Path, resident: Resident, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process answers, other files are read anew, other models in the place of those; it ends with the chat."""
+    monkeypatch.chdir(root)
+    places, chats = Places(root, tmp_path), Runs(root, PREVIEW)
+
+    def answered(question: str, *models: str) -> int:
+        ask(places, chats, resident, models, (0, 16), 8, question)
+        process = int(json.loads((chats.folder / "preview.json").read_text())["process"])
+        wait(lambda: chats.state().kind != "running")
+        told = chat(chats)
+        assert told.answered and told.held > 0, chats.state()
+        for number, talk in enumerate(told.conversations):
+            (made,) = preview(str(root / models[0]), str(root / models[1]), [talk[:-1]], alphas=[0, 16], max_tokens=8)
+            assert talk[-1]["content"] == made.answers[number].text
+        return process
+
+    shutil.copytree(root / "dpo", root / "changed")
+    first = answered("One?", "./sft", "./changed")
+    chats.stop()  # nothing goes on: the process is not hit
+    assert answered("Two?", "./sft", "./changed") == first and resident.holds
+    shutil.copy(root / "sft" / "model.safetensors", root / "changed")
+    assert answered("Three?", "./sft", "./changed") == first
+    assert answered("Four?", "./dpo", "./sft") == first
+    forget(chats, resident)
+    assert not resident.holds
+    wait(lambda: not Path(f"/proc/{first}").exists())
+    assert answered("Five?", "./sft", "./dpo") != first
+    os.kill(int(json.loads((chats.folder / "preview.json").read_text())["process"]), signal.SIGKILL)
+    wait(lambda: not resident.holds)
+    assert answered("Six?", "./sft", "./dpo") and len(chat(chats).conversations[0]) == 4
 
 
 def test_a_search_is_shown_as_it_stands_and_answers_are_text(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 from mergekit_lite.commands.app.guard import MOST_BYTES, Guard
 from mergekit_lite.commands.app.numbers import numbers, with_number
 from mergekit_lite.commands.app.places import Places
-from mergekit_lite.commands.app.planned import planned, shown, tree_of
+from mergekit_lite.commands.app.planned import documents_by_range, planned, shown, tree_of
 from mergekit_lite.errors import UsageError
+from mergekit_lite.recipe import RecipeError
 from tests.models import state, write_folder
 
 TIES = """\
@@ -56,7 +57,7 @@ def test_a_problem_has_its_line(places: Places, old: str, new: str, line: int, s
     "reference",
     [
         "../secret", "{out}/secret", "./base/../../secret", "~/model", "link", "./inside", "base+../secret",
-        "base+vector:{out}/secret:0.5", "hf={out}/secret:base", "hf://org/name", "https://host/model", "link:ema",
+        "base+vector:{out}/secret:0.5", "hf={out}/secret:base", "hf://../secret", "https://host/model", "link:ema",
         "part=model:{out}/secret", "file:///etc/passwd",
     ],
 )  # fmt: skip
@@ -69,6 +70,17 @@ def test_no_reference_leads_out(places: Places, reference: str) -> None:
     reference = reference.format(out=out)
     ((line, said),) = problems(TIES.replace("./math", f'"{reference}"'), places)
     assert line == 4 and ("leads out" in said or "elsewhere" in said), said
+
+
+@pytest.mark.parametrize("reference", ["hf://org/name", "hf://org/name@main", "./math+hf://org/lora"])
+def test_a_repository_is_read_by_range_where_that_is_asked_for(places: Places, reference: str) -> None:
+    """The page itself asks nobody: the model's line says where it is done."""
+    text = TIES.replace("./math", reference)
+    ((line, said),) = problems(text, places)
+    assert line == 4 and f"{reference!r} is read by range: tick that in the tab Run" in said
+    assert reference in documents_by_range(text, places)[0].recipe.models
+    with pytest.raises(RecipeError, match="leads out"):
+        documents_by_range(TIES.replace("./math", f"{reference}+../secret"), places)
 
 
 @pytest.mark.parametrize("pattern", ["li*/step-*", "./l[i]nk/step-1", "runs/*", "../secret*"])

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,12 @@ from mergekit_lite.commands.app.runs import FOLDER, PROGRAM, Runs, ask
 from mergekit_lite.errors import UsageError
 from tests.app.test_parts import TIES
 from tests.models import state, write_folder
+
+if not os.environ.get("CI"):
+    pytest.importorskip("gradio")
+import gradio as gr
+
+from mergekit_lite.commands.app.tabs.parts import IDLE, TICK, Watch
 
 
 def test_one_run_at_a_time(places: Places) -> None:
@@ -31,6 +38,25 @@ def test_one_run_at_a_time(places: Places) -> None:
             Runs(places.root).start(TIES, "other")
     assert Runs(places.root).state().kind == "failed"
     assert not (folder / "other.yml").exists()
+
+
+def test_one_look_at_all_parts_is_quick_where_one_of_them_runs() -> None:
+    """Each part gets what it shows; the timer changes only where it has to."""
+    running = {"first": False, "second": False}
+    asked: list[tuple[Any, ...]] = []
+
+    def part(name: str) -> Any:
+        return lambda *known: (running[name], [asked.append(known) or name, len(known)])  # type: ignore[func-returns-value]
+
+    watch = Watch()
+    watch.add(part("first"), [gr.State()], [])
+    watch.add(part("second"), [gr.State(), gr.State()], [])
+    assert watch.looked(IDLE, 1, 2, 3) == [gr.skip(), "first", 1, "second", 2]
+    assert asked == [(1,), (2, 3)]
+    assert watch.looked(TICK, 1, 2, 3)[0].value == IDLE
+    running["second"] = True
+    assert watch.looked(IDLE, 1, 2, 3)[0].value == TICK
+    assert watch.looked(TICK, 1, 2, 3)[0] == gr.skip()
 
 
 def test_no_module_comes_from_the_folder_of_the_models(places: Places) -> None:

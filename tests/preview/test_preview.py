@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import mergekit_lite
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.previewing import opened
+from mergekit_lite.previewing import preview as previewing
 from mergekit_lite.previewing.drafts import Drafts, Reader, Rules
-from mergekit_lite.previewing.preview import loaded, previews
+from mergekit_lite.previewing.preview import Kept, loaded, previews
 from mergekit_lite.previewing.request import Prepared, Request, conversation, prepare, sampling_of
 from mergekit_lite.previewing.search import Beam, grown, preference, searched
 from tests.adapters import folded, lora, write_adapter
@@ -104,6 +107,49 @@ def test_it_is_the_extrapolated_model_where_only_the_head_differs(tmp_path: Path
         made = prepared(pair, [alpha])
         mergekit_lite.extrapolate(*pair, tmp_path / f"expo-{alpha}", alpha)
         assert tokens(made) == [greedy(tmp_path / f"expo-{alpha}", made.prompts[0], 24)]
+
+
+def test_models_are_kept_while_they_are_the_same(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other files, other models and the end let go of those that are there; nothing else loads them again."""
+    sft, dpo = (Path(shutil.copytree(each, tmp_path / each.name)) for each in pair)
+    read: list[str] = []
+    model = previewing._model
+    monkeypatch.setattr(previewing, "_model", lambda each, made: read.append(each.role) or model(each, made))
+    kept = Kept()
+    alive: list[weakref.ref[Any]] = []
+
+    def answers(alphas: Sequence[float]) -> list[str]:
+        made = prepared((sft, dpo), alphas)
+        with kept.loaded(made) as readers:
+            alive[:] = [weakref.ref(reader.model) for reader in readers]
+            found = list(previews(made, readers))
+        assert not any(reader.cache for reader in readers)
+        with loaded(made) as anew:
+            assert [each.answers for each in found] == [each.answers for each in previews(made, anew)]
+        return [answer.text for each in found for answer in each.answers]
+
+    answers([0.5, 1])
+    answers([2])
+    assert read == ["SFT", "ALIGNED"] + ["SFT", "ALIGNED"] * 2  # once for all, and anew to compare with
+    read.clear()
+    shutil.copy(sft / "model.safetensors", dpo)
+    before = list(alive)
+    answers([2])
+    assert read == ["SFT", "ALIGNED"] * 2
+    read.clear()
+    answers([0])  # for which one is enough
+    assert read == ["ALIGNED"] * 2
+    answers([2])
+    request = prepared((sft, dpo), [2]).request
+    monkeypatch.setattr(opened, "memory_left", lambda device: 1)
+    prepare(request, kept.make_room)  # they are there already
+    kept.let_go()
+    gc.collect()
+    assert not any(each() for each in (*before, *alive))
+    with pytest.raises(UsageError, match="memory are free"):
+        prepare(request, kept.make_room)
 
 
 def test_log_probabilities(pair: tuple[Path, Path]) -> None:

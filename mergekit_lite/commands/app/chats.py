@@ -1,4 +1,7 @@
-"""A chat with two alphas: each question is a ``preview`` of a conversation for each of them, kept on the disk."""
+"""A chat with two alphas: each question is a ``preview`` of a conversation for each of them, kept on the disk.
+
+One process answers the questions, so that the models are loaded once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.answers.rows import Message
 from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.app.resident import Resident
 from mergekit_lite.commands.app.runs import FOLDER, Kind, Runs, State
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.input_files import parse_json, read_json, read_text
@@ -39,10 +43,19 @@ class Chat(NamedTuple):
     conversations: tuple[tuple[Message, ...], ...] = ()
     figures: tuple[str, ...] = ()  # of the last answers
     answered: bool = True
+    held: int = 0  # bytes of the models that gave them
 
 
-def ask(places: Places, runs: Runs, models: Sequence[str], alphas: Sequence[float], most: float, question: str) -> None:
-    """Ask both alphas, in a process of its own; the chat goes on where models and alphas are those of before.
+def ask(
+    places: Places,
+    runs: Runs,
+    resident: Resident,
+    models: Sequence[str],
+    alphas: Sequence[float],
+    most: float,
+    question: str,
+) -> None:
+    """Ask both alphas, in a process of their own; the chat goes on where models and alphas are those of before.
 
     Raises:
         UsageError: the page may not read a model, a field is wrong, or a run goes on.
@@ -71,7 +84,8 @@ def ask(places: Places, runs: Runs, models: Sequence[str], alphas: Sequence[floa
     rows = [{"id": f"alpha {alpha}", "messages": talk} for alpha, talk in zip(written, told, strict=True)]
     arguments = ["preview", f"--alpha={','.join(written)}", "--prompts", f"{FOLDER}/{CONVERSATIONS}"]
     arguments += ["--max-tokens", str(int(most)), "--json", "--", *models]
-    runs.launch(arguments, "chat", {CONVERSATIONS: "".join(f"{json.dumps(row)}\n" for row in rows)})
+    files = {CONVERSATIONS: "".join(f"{json.dumps(row)}\n" for row in rows)}
+    runs.launch(arguments, "chat", files, resident=resident)
 
 
 def chat(runs: Runs) -> Chat:
@@ -91,12 +105,14 @@ def chat(runs: Runs) -> Chat:
     whole = tuple(
         (*talk, Message(role="assistant", content=each["text"])) for talk, each in zip(talks, answers, strict=True)
     )
-    return Chat((first, second), alphas, whole, tuple(map(_figures, answers)))
+    held = sum(model["bytes"] for model in said["models"])
+    return Chat((first, second), alphas, whole, tuple(map(_figures, answers)), held=held)
 
 
-def forget(runs: Runs) -> None:
+def forget(runs: Runs, resident: Resident) -> None:
     """Begin anew with the next question."""
     if runs.state().kind != "running":
+        resident.let_go()
         (runs.folder / CONVERSATIONS).unlink(missing_ok=True)
 
 

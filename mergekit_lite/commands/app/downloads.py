@@ -43,6 +43,11 @@ class Needed:
         return sum(size for name, size in files.items() if not name.endswith((*WEIGHTS, ".bin", ".pt", ".pth")))
 
     @property
+    def weights(self) -> int:
+        """The bytes of the weights."""
+        return self.nbytes - self.small
+
+    @property
     def command(self) -> list[str]:
         """The command that downloads the model: it needs a look at it."""
         return ["inspect", self.name]

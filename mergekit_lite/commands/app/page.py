@@ -12,7 +12,7 @@ from mergekit_lite.commands.app.public import public_runs
 from mergekit_lite.commands.app.runs import Runs
 from mergekit_lite.commands.app.tabs.choose import choose_tab
 from mergekit_lite.commands.app.tabs.models import models_tab
-from mergekit_lite.commands.app.tabs.parts import Online
+from mergekit_lite.commands.app.tabs.parts import Online, Watch
 from mergekit_lite.commands.app.tabs.public import public_models_tab, public_run_tab
 from mergekit_lite.commands.app.tabs.recipe import recipe_tab
 from mergekit_lite.commands.app.tabs.run import run_tab
@@ -50,16 +50,18 @@ def page(places: Places, online: Online) -> gr.Blocks:
     blocks = Page(title="mergekit-lite", analytics_enabled=False, fill_width=False)
     with blocks:
         gr.HTML(element("h1", "mergekit-lite"))
+        watch = Watch()
         with gr.Tab("Models"):
-            names = public_models_tab(places) if places.is_public else models_tab(places, online)
+            names = public_models_tab(places) if places.is_public else models_tab(places, online, watch)
         with gr.Tab("Recipe", id="recipe") as tab:
             text = recipe_tab([blocks.load, tab.select], places, runs, names)
         with gr.Tab("Run"):
             if places.is_public:
                 public_run_tab(places, runs, text)
             else:
-                run_tab(places, runs, text, online)
+                run_tab(places, runs, text, online, watch)
         if not places.is_public:
             with gr.Tab("Choose"):
-                choose_tab(places)
+                choose_tab(places, watch)
+            watch.begin()
     return blocks

@@ -23,6 +23,7 @@ MOST_MODELS = 500
 MODELS = ("model", "base_model")  # keys of a recipe that name one
 WEIGHTS = (".safetensors", ".gguf")
 ELSEWHERE = re.compile(r"(^|[+:=>])[\w.-]+://")  # an address, alone or as a part of a reference
+BY_RANGE = re.compile(r"(^|[+=>])hf://(?=[\w.-]+/)")  # before a repository that is read by range in any case
 NAME = re.compile(r"\w[\w.-]{0,100}")
 
 
@@ -50,8 +51,9 @@ class Places:
         """Return why the page does not read what a text would name as a reference; empty where it may.
 
         Any text may be asked: one that names no path lies below the root, as a path. Of a folder, what lies in it may
-        not lead out either.
+        not lead out either. ``hf://org/name`` is the repository, which no process asks for that may not.
         """
+        reference = BY_RANGE.sub(r"\1", reference)
         if ELSEWHERE.search(reference):
             return f"{reference!r} is elsewhere: the page reads folders below its root, and the cache of the hub"
         for part in _paths(reference):
@@ -80,6 +82,8 @@ class Places:
 
         Of a sum only what the hub alone may have is looked for; all else of references is left to what opens them.
         """
+        if BY_RANGE.search(reference):
+            return f"{reference!r} is read by range: tick that in the tab Run, which plans and runs it so"
         if self.is_of_hub(reference):
             if self.is_kept(reference):
                 return ""
@@ -99,6 +103,8 @@ class Places:
 
     def is_of_hub(self, reference: str) -> bool:
         """Whether a reference names a repository of the hub, and nothing below the root."""
+        if BY_RANGE.match(reference):
+            return hub.is_repository(reference.removeprefix("hf://"))
         return hub.is_repository(reference) and not _exists(self.root / reference)
 
     def is_kept(self, reference: str, adapter: bool = False) -> bool:
@@ -118,7 +124,7 @@ class Places:
             for key, value in tree.entries:
                 name = value.value if key.text in MODELS and isinstance(value, Scalar) else None
                 if isinstance(name, str) and self.is_of_hub(name) and not self.is_kept(name):
-                    yield name
+                    yield name.removeprefix("hf://")
                 yield from self.of_hub(value)
         elif isinstance(tree, Items):
             for item in tree.items:
@@ -145,7 +151,7 @@ class Places:
                 name = value.value if key.text in MODELS and isinstance(value, Scalar) else None
                 if not isinstance(name, str) or found or document_in(name, names):
                     continue
-                if streamed and self.is_of_hub(name):
+                if streamed and (self.is_of_hub(name) or BY_RANGE.search(name)):
                     continue
                 if why := self.missing(name):
                     yield Remark(value.at, why)

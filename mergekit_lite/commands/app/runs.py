@@ -22,11 +22,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.input_files import read_text
 from mergekit_lite.plain_text import plain
+
+if TYPE_CHECKING:
+    from mergekit_lite.commands.app.resident import Resident
 
 FOLDER = ".mergekit-lite-app"
 # Modules come from where this one came from, never from the folder of the models, in which commands are run.
@@ -268,6 +271,7 @@ class Runs:
         output: str,
         files: Mapping[str, str] = NOTHING,
         outputs: Sequence[str] = (),
+        resident: Resident | None = None,
     ) -> None:
         """Start a command with the lock in its hands, after some files were written into the page's folder.
 
@@ -276,6 +280,7 @@ class Runs:
             output: the name of what it makes.
             files: their texts by name.
             outputs: the folders that it makes, if not only ``output``.
+            resident: runs it, in its process, and has the lock until it is done.
 
         Raises:
             UsageError: a run goes on, of whatever kind with this lock, or its files can't be written.
@@ -290,20 +295,28 @@ class Runs:
                     _put(self.folder / name, text)
                 out_file = self._file("out").open("wb") if self.kind.apart else nullcontext()
                 with self._file("said").open("wb") as said, out_file as out:
-                    process = subprocess.Popen(
-                        [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stderr=said,
-                        stdout=out or said, pass_fds=[lock], start_new_session=True,
-                        env=os.environ | (self.online if self.kind.online or STREAM in arguments else NOTHING),
-                    )  # fmt: skip
+                    if resident is not None:
+                        process = resident.give(arguments, lock, out or said, said)
+                    else:
+                        process = self._begun(arguments, lock, out or said, said)
                 made = {"output": output, "outputs": [*(outputs or [output])]}
-                record = {"arguments": arguments, "process": process.pid, **made}
+                record = {"arguments": arguments, "process": process, **made}
                 _put(self._file("json"), json.dumps(record))
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, self.kind.name.encode(), 0)
             finally:
                 os.close(lock)  # the process has it
-            self._follower = threading.Thread(target=self._follow, args=(process,), daemon=True)
-            self._follower.start()
+
+    def _begun(self, arguments: list[str], lock: int, out: BinaryIO, said: BinaryIO) -> int:
+        """Begin a command in a process of its own, and return its number."""
+        process = subprocess.Popen(
+            [*PROGRAM, *arguments], cwd=self.root, stdin=subprocess.DEVNULL, stderr=said, stdout=out,
+            pass_fds=[lock], start_new_session=True,
+            env=os.environ | (self.online if self.kind.online or STREAM in arguments else NOTHING),
+        )  # fmt: skip
+        self._follower = threading.Thread(target=self._follow, args=(process,), daemon=True)
+        self._follower.start()
+        return process.pid
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
         """See a run to its end, so that it doesn't stay as a zombie, or end it when its time is over."""

@@ -23,6 +23,7 @@ from mergekit_lite.errors import UsageError
 
 EVERYWHERE = "0.0.0.0"  # in a space, where the hub's proxy is all that gets here
 MOST_WAITING = 50  # requests of visitors
+FREE = 0.02  # seconds between looks for a request; Gradio looks a thousand times a second, and so never rests
 
 
 def serve(root: Path, port: int, online: Mapping[str, str], is_public: bool) -> None:
@@ -49,6 +50,7 @@ def serve(root: Path, port: int, online: Mapping[str, str], is_public: bool) -> 
         _serve_output(server, root)
     else:
         blocks = page(Places(root, hub_cache()), online)
+    blocks._queue.sleep_when_free = FREE
     app = gradio.mount_gradio_app(
         server, blocks, path="/", server_name=ADDRESS, server_port=port, footer_links=[],
         max_file_size=MOST_BYTES, ssr_mode=False, enable_monitoring=False, show_error=False, pwa=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,17 +10,23 @@ import gradio as gr
 from mergekit_lite.answers.rows import Message
 from mergekit_lite.commands.app.chats import MOST_TOKENS, PREVIEW, Chat, ask, chat, forget
 from mergekit_lite.commands.app.places import Places
+from mergekit_lite.commands.app.resident import PATIENCE, Resident
 from mergekit_lite.commands.app.runs import Runs, State, shown_command
-from mergekit_lite.commands.app.tabs.parts import on, refusal
+from mergekit_lite.commands.app.tabs.parts import Watch, on, refusal
+from mergekit_lite.commands.units import size
 from mergekit_lite.errors import MergekitLiteError
 from mergekit_lite.pages.html import Markup, element
 
-TICK = 1.0  # seconds between two looks at an answer
+KEPT = (
+    "The first question loads the models, and they stay in memory until the chat begins anew, a search starts, or "
+    f"nothing was asked for {PATIENCE // 60} minutes"
+)
 
 
-def chat_part(places: Places, base: gr.Dropdown, tuned: gr.Dropdown) -> None:
-    """Lay out the part, for the two models that are chosen above."""
+def chat_part(places: Places, base: gr.Dropdown, tuned: gr.Dropdown, watch: Watch) -> Callable[[], None]:
+    """Lay out the part, for the two models that are chosen above; return what lets go of those that it keeps."""
     runs = Runs(places.root, PREVIEW)
+    resident = Resident(places.root)
     with gr.Accordion("Chat with two alphas", open=False, elem_id="chat"):
         with gr.Row():
             first = gr.Number(0, label="First alpha", elem_id="chat-first", step=0.1)
@@ -34,47 +40,55 @@ def chat_part(places: Places, base: gr.Dropdown, tuned: gr.Dropdown) -> None:
         refused = gr.HTML(elem_id="chat-refused")
         told = gr.HTML(elem_id="chat-told")
     seen = gr.State("")
-    now = [seen, told, send, stop, anew]
+    shows = [seen, told, send, stop, anew]
+    now = [watch.timer, *shows]
 
-    def look(before: str) -> list[Any]:
+    def look(before: str) -> tuple[bool, list[Any]]:
         state = runs.state()
-        shown = _shown(runs, state)
-        if shown == before:
-            return [gr.skip()] * len(now)
+        shown = _shown(runs, state, resident.holds)
         goes_on = state.kind == "running"
-        return [str(shown), shown, *(gr.Button(interactive=each) for each in (not goes_on, goes_on, not goes_on))]
+        if shown == before:
+            return goes_on, [gr.skip()] * len(shows)
+        usable = (not goes_on, goes_on, not goes_on)
+        return goes_on, [str(shown), shown, *(gr.Button(interactive=each) for each in usable)]
+
+    def looked(before: str) -> list[Any]:
+        return [watch.soon(), *look(before)[1]]
 
     def asked(sft: str, aligned: str, one: float, other: float, tokens: float, text: str, before: str) -> list[Any]:
         try:
-            ask(places, runs, (sft, aligned), (one, other), tokens, text or "")
+            ask(places, runs, resident, (sft, aligned), (one, other), tokens, text or "")
         except MergekitLiteError as error:
-            return [refusal(str(error)), gr.skip(), *look(before)]
-        return ["", "", *look(before)]
+            return [refusal(str(error)), gr.skip(), *looked(before)]
+        return ["", "", *looked(before)]
 
     def stopped(before: str) -> list[Any]:
         runs.stop()
-        return look(before)
+        return looked(before)
 
     def begun_anew(before: str) -> list[Any]:
-        forget(runs)
-        return look(before)
+        forget(runs, resident)
+        return looked(before)
 
     fields = [base, tuned, first, second, most, question, seen]
     gr.on([send.click, question.submit], asked, fields, [refused, question, *now], api_visibility="private")
     on(stop.click, stopped, seen, now)
     on(anew.click, begun_anew, seen, now)
-    on(gr.Timer(TICK).tick, look, seen, now, show_progress="hidden")
+    watch.add(look, [seen], shows)
+    return resident.let_go
 
 
-def _shown(runs: Runs, state: State) -> Markup:
+def _shown(runs: Runs, state: State, holds: bool) -> Markup:
     """Return the chat: the command, and the conversations beside each other."""
     try:
         talk = chat(runs)
     except (MergekitLiteError, LookupError, ValueError, TypeError) as error:
         return refusal(f"The chat can't be read: {error}")
     if not talk.conversations:
-        return element("p", "Each question loads both models anew, as the command does.")
+        return element("p", f"{KEPT}; nothing is loaded now.")
     parts = [element("code", shown_command(list(state.arguments)))]
+    if holds:
+        parts.append(element("p", f"The models are in memory{f': {size(talk.held)}' if talk.held else ''}. {KEPT}."))
     if state.kind == "running":
         parts += [element("p", "They answer …", role="status"), element("progress", max="1", aria_label="Progress")]
     elif state.kind == "failed":

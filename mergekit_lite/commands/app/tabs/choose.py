@@ -14,17 +14,16 @@ from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.runs import Runs, State
 from mergekit_lite.commands.app.searched import beside, figures_of, found, in_part, names_of
 from mergekit_lite.commands.app.tabs.chat import chat_part
-from mergekit_lite.commands.app.tabs.parts import asked, on, refusal, standing
+from mergekit_lite.commands.app.tabs.parts import Watch, asked, on, refusal, standing, stops_and_resumes, usable
 from mergekit_lite.errors import MergekitLiteError
 from mergekit_lite.input_files import read_text
 from mergekit_lite.pages.html import Markup, element
 
-TICK = 1.0  # seconds between two looks at a search
 OUTPUT = 5  # of the fields
 FURTHER = "As the command takes them: --max-tokens 64 --limits growth=2; or, without models, --recipe FILE --tune …"
 
 
-def choose_tab(places: Places) -> None:
+def choose_tab(places: Places, watch: Watch) -> None:
     """Lay out the tab."""
     runs = Runs(places.root, BOOST)
     models = places.models()
@@ -78,29 +77,36 @@ def choose_tab(places: Places) -> None:
     report = gr.Button("Report", interactive=False, elem_id="choose-report")
     page = gr.HTML(elem_id="choose-page")
     form = [base, tuned, data, score, alphas, output, more]
-    seen = gr.State("")  # of which figures the curve is
-    now = [stands, start, stop, resume, report]
-    drawn = [seen, curve, chosen]
+    figures = gr.State("")  # of which the curve is
+    known = gr.State("")  # the state that is shown
+    shows = [known, stands, start, stop, resume, report]
+    drawn = [figures, curve, chosen]
+    now = [watch.timer, *shows]
 
     def listed() -> list[Any]:
         models = places.models()
         return [gr.Dropdown(choices=models), gr.Dropdown(choices=models), gr.Dropdown(choices=data_files(places))]
 
-    def look(state: State | None = None) -> list[Any]:
-        state = runs.state() if state is None else state
-        usable = (state.kind != "running", state.kind == "running", state.kind == "stopped", state.kind == "done")
-        return [_state(runs, state), *(gr.Button(interactive=each) for each in usable)]
+    def look() -> list[Any]:
+        state = runs.state()
+        if state.kind == "running":
+            let_go()  # a search needs the memory
+        return [watch.soon(), "", _state(runs, state), *usable(state)]
 
-    def ticked(before: str) -> list[Any]:
+    def seen(stood: str, before: str) -> tuple[bool, list[Any]]:
         state = runs.state()
         folder = folder_of(places.root, state.output)
         latest = "" if state.kind == "none" else "\n".join(map(str, (folder, *figures_of(folder))))
-        if latest == before:
-            return [*look(state), *[gr.skip()] * len(drawn)]
-        names = gr.update(choices=names_of(folder))
-        if before.partition("\n")[0] != str(folder):  # another search
-            names["value"] = []
-        return [*look(state), latest, found(folder), names]
+        stands = _state(runs, state)
+        values: list[Any] = [gr.skip()] * (len(shows) + len(drawn))
+        if stands != stood:
+            values[: len(shows)] = [str(stands), stands, *usable(state)]
+        if latest != before:
+            names = gr.update(choices=names_of(folder))
+            if before.partition("\n")[0] != str(folder):  # another search
+                names["value"] = []
+            values[len(shows) :] = [latest, found(folder), names]
+        return state.kind == "running", values
 
     def checked(*fields: str) -> Markup:
         try:
@@ -114,17 +120,6 @@ def choose_tab(places: Places) -> None:
         except MergekitLiteError as error:
             return [refusal(str(error)), gr.skip(), *look()]
         return ["", "", *look()]
-
-    def resumed() -> list[Any]:
-        try:
-            runs.resume()
-        except MergekitLiteError as error:
-            return [refusal(str(error)), *look()]
-        return ["", *look()]
-
-    def stopped() -> list[Any]:
-        runs.stop()
-        return look()
 
     def shown(names: list[str], item: float | None) -> Markup:
         return beside(folder_of(places.root, runs.state().output), names, int(item or 1))
@@ -140,12 +135,11 @@ def choose_tab(places: Places) -> None:
     on(refresh.click, listed, None, [base, tuned, data])
     on(check.click, checked, form, refused)
     on(start.click, started, form, [refused, page, *now])
-    on(resume.click, resumed, None, [refused, *now])
-    on(stop.click, stopped, None, now)
+    stops_and_resumes(runs, look, stop, resume, refused, now)
     on(report.click, reported, None, page)
-    on(gr.Timer(TICK).tick, ticked, seen, [*now, *drawn], show_progress="hidden")
+    watch.add(seen, [known, figures], [*shows, *drawn])
     gr.on(
-        [chosen.change, number.change, number.submit, number.blur, seen.change],
+        [chosen.change, number.change, number.submit, number.blur, figures.change],
         shown,
         [chosen, number],
         answers,
@@ -153,7 +147,7 @@ def choose_tab(places: Places) -> None:
         show_progress="hidden",
         trigger_mode="always_last",  # else what is chosen while the page still answers is lost
     )
-    chat_part(places, base, tuned)
+    let_go = chat_part(places, base, tuned, watch)
 
 
 def _state(runs: Runs, state: State) -> Markup:

@@ -12,17 +12,17 @@ from mergekit_lite.commands.app.downloads import Downloads, Needed
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import table
 from mergekit_lite.commands.app.runs import STREAM, State, shown_command
-from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
+from mergekit_lite.commands.app.tabs.parts import Online, Watch, asked, compared, listed, on, refusal
 from mergekit_lite.commands.units import size
 from mergekit_lite.errors import MergekitLiteError, counted
 from mergekit_lite.pages.html import Markup, element
 
 MOST_NAMES = 16
-TICK = 1.0  # seconds between two looks at a download
+MOST_COMPARED = 20_000_000_000  # bytes of weights that are fetched to be looked at once, and not kept
 
 
-def hub_part(places: Places, online: Online) -> gr.Textbox:
-    """Lay out the part, and return the field of the names."""
+def hub_part(places: Places, online: Online, watch: Watch, chosen: gr.Dropdown) -> gr.Textbox:
+    """Lay out the part, and return the field of the names; models that are ``chosen`` above are compared with them."""
     downloads = Downloads(places, online)
     with gr.Accordion("Models of the hub", open=False, elem_id="hub"):
         names = gr.Textbox(
@@ -33,6 +33,7 @@ def hub_part(places: Places, online: Online) -> gr.Textbox:
         with gr.Row():
             look = gr.Button("What would it take?", variant="primary", elem_id="hub-look")
             by_range = gr.Button("Inspect by range", elem_id="hub-range")
+            compare = gr.Button("Compare by range", elem_id="hub-compare")
             start = gr.Button("Download", interactive=False, elem_id="hub-download")
             stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="hub-stop")
         told = gr.HTML(elem_id="hub-told")
@@ -59,25 +60,43 @@ def hub_part(places: Places, online: Online) -> gr.Textbox:
             return refusal(str(error))
         return listed([asked(places, ["inspect", name, STREAM], [name], environment=online) for name in found])
 
+    def compared_by_range(here: list[str], written: str) -> Markup:
+        try:
+            names = _named(written)
+            found = downloads.needed(names)
+        except MergekitLiteError as error:
+            return refusal(str(error))
+        if wrong := [f"{each.name}: {each.error}" for each in found if each.error]:
+            return refusal("\n".join(wrong))
+        models = [*here, *names]
+        if (weights := sum(each.weights for each in found)) > MOST_COMPARED:
+            command = shown_command(["compare", *models, STREAM])
+            return refusal(
+                f"All {size(weights)} of weights would be fetched; here it may be {size(MOST_COMPARED)}. Download the "
+                f"models, or let the command compare them: {command}"
+            )
+        return compared(places, models, [STREAM], online)
+
     def started(models: list[Needed]) -> list[Any]:
         try:
             downloads.start(models)
         except MergekitLiteError as error:
-            return [refusal(str(error)), gr.skip(), None]
-        return ["", gr.Button(interactive=False), None]
+            return [refusal(str(error)), gr.skip(), None, gr.skip()]
+        return ["", gr.Button(interactive=False), None, watch.soon()]
 
-    def seen(before: object) -> list[Any]:
+    def seen(before: object) -> tuple[bool, list[Any]]:
         now = (downloads.state(), downloads.goes_on)
-        if now == before:
-            return [gr.skip()] * 3
         (run, model, here), goes_on = now
-        return [_state(run, model, here), gr.Button(interactive=goes_on), now]
+        if now == before:
+            return goes_on, [gr.skip()] * 3
+        return goes_on, [_state(run, model, here), gr.Button(interactive=goes_on), now]
 
     on(look.click, looked, names, [told, offered, start])
     on(by_range.click, inspected, names, told)
-    on(start.click, started, offered, [stands, start, known])
+    on(compare.click, compared_by_range, [chosen, names], told)
+    on(start.click, started, offered, [stands, start, known, watch.timer])
     on(stop.click, downloads.stop, None, None)
-    on(gr.Timer(TICK).tick, seen, known, [stands, stop, known], show_progress="hidden")
+    watch.add(seen, [known], [stands, stop, known])
     on(names.input, lambda: [[], gr.Button("Download", interactive=False)], None, [offered, start])
     return names
 

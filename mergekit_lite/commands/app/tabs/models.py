@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.tabs.hub import hub_part
-from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal
-from mergekit_lite.pages.html import Markup, element
+from mergekit_lite.commands.app.tabs.parts import Online, Watch, asked, compared, listed, on
+from mergekit_lite.pages.html import Markup
 
 
-def models_tab(places: Places, online: Online) -> gr.Textbox:
+def models_tab(places: Places, online: Online, watch: Watch) -> gr.Textbox:
     """Lay out the tab, and return the field for names of models of the hub."""
     chosen = gr.Dropdown(
         places.models(), multiselect=True, label="Models", info="For a comparison, the base first", elem_id="models"
@@ -24,7 +20,7 @@ def models_tab(places: Places, online: Online) -> gr.Textbox:
         compare = gr.Button("Compare", variant="primary", elem_id="compare")
         refresh = gr.Button("Look again", elem_id="refresh")
     told = gr.HTML(elem_id="told")
-    names = hub_part(places, online)
+    names = hub_part(places, online, watch, chosen)
 
     def inspected(names: list[str]) -> Markup:
         return listed([asked(places, ["inspect", name], [name]) for name in names], "Choose a model.")
@@ -33,17 +29,3 @@ def models_tab(places: Places, online: Online) -> gr.Textbox:
     on(compare.click, lambda names: compared(places, names), chosen, told)
     on(refresh.click, lambda: gr.Dropdown(choices=places.models()), None, chosen)
     return names
-
-
-def compared(places: Places, names: list[str], options: Sequence[str] = ()) -> Markup:
-    """Return what ``compare`` says of models, the base first, and its page."""
-    if len(names) < 2:
-        return refusal("Choose a base and a model that was tuned from it, or several.")
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "compare.html")
-        said = asked(places, ["compare", *names, *options], names, ["--html", str(file)])
-        if not file.exists():
-            return said
-        whole = file.read_text(encoding="utf-8")
-    frame = element("iframe", srcdoc=whole, sandbox="allow-scripts", title="Comparison", class_="report")
-    return listed([said, frame])

@@ -13,8 +13,7 @@ from mergekit_lite.commands.app.guard import OUTPUT
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import shown
 from mergekit_lite.commands.app.runs import STREAM, Runs, shown_command
-from mergekit_lite.commands.app.tabs.models import compared
-from mergekit_lite.commands.app.tabs.parts import asked, listed, on, refusal
+from mergekit_lite.commands.app.tabs.parts import asked, compared, listed, on, refusal
 from mergekit_lite.commands.app.tabs.run import shown_state
 from mergekit_lite.commands.units import size
 from mergekit_lite.errors import MergekitLiteError

@@ -8,18 +8,17 @@ import gradio as gr
 
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.runs import Runs, State, apart, shown_command
-from mergekit_lite.commands.app.tabs.parts import Online, on, refusal
+from mergekit_lite.commands.app.tabs.parts import Online, Watch, on, refusal
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.pushing import check_name
 
-TICK = 1.0  # seconds between two looks at a command
 DRY = "--dry-run"
 PUSH = apart("push", "push.lock")
 WORDS = {"running": "goes on", "failed": "failed", "done": "is done"}
 
 
-def push_part(places: Places, runs: Runs, online: Online) -> None:
+def push_part(places: Places, runs: Runs, online: Online, watch: Watch) -> None:
     """Lay out the part."""
     pushes = Runs(places.root, PUSH, online=online)
     with gr.Accordion("Put it on the hub", open=False, elem_id="push"):
@@ -45,8 +44,8 @@ def push_part(places: Places, runs: Runs, online: Online) -> None:
             arguments = _command(places, runs, name, where, everybody)
             pushes.launch([*arguments, DRY], arguments[1])
         except MergekitLiteError as error:
-            return [refusal(str(error)), [], *_closed(), gr.skip()]
-        return ["", [], *_closed(), None]
+            return [refusal(str(error)), [], *_closed(), gr.skip(), gr.skip()]
+        return ["", [], *_closed(), None, watch.soon()]
 
     def pushed(arguments: list[str], word: str) -> list[Any]:
         try:
@@ -54,22 +53,23 @@ def push_part(places: Places, runs: Runs, online: Online) -> None:
                 raise UsageError("Write the repository's name once more, as it was checked.")
             pushes.launch(arguments, arguments[1])
         except MergekitLiteError as error:
-            return [refusal(str(error)), arguments, *[gr.skip()] * 3]
-        return ["", [], *_closed(), None]
+            return [refusal(str(error)), arguments, *[gr.skip()] * 4]
+        return ["", [], *_closed(), None, watch.soon()]
 
-    def seen(before: State | None) -> list[Any]:
+    def seen(before: State | None) -> tuple[bool, list[Any]]:
         state = pushes.state()
+        goes_on = state.kind == "running"
         if state == before:
-            return [gr.skip()] * 6
+            return goes_on, [gr.skip()] * 6
         sound = [*state.arguments[:-1]] if state.kind == "done" and state.arguments[-1] == DRY else []
         opened = (gr.Textbox(interactive=bool(sound)), gr.Button(interactive=bool(sound)))
-        return [_state(state, pushes.printed()), sound, *opened, gr.Button(interactive=state.kind == "running"), state]
+        return goes_on, [_state(state, pushes.printed()), sound, *opened, gr.Button(interactive=goes_on), state]
 
-    on(check.click, dry, [output, repository, public], [refused, checked, again, push, known])
-    on(push.click, pushed, [checked, again], [refused, checked, again, push, known])
+    begins = [refused, checked, again, push, known, watch.timer]
+    on(check.click, dry, [output, repository, public], begins)
+    on(push.click, pushed, [checked, again], begins)
     on(stop.click, pushes.stop, None, None)
-    shown = [stands, checked, again, push, stop, known]
-    on(gr.Timer(TICK).tick, seen, known, shown, show_progress="hidden")
+    watch.add(seen, [known], [stands, checked, again, push, stop, known])
     changed: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     gr.on([output.input, repository.input, public.input], lambda: [[], *_closed()], None, [checked, again, push],
           **changed)  # fmt: skip

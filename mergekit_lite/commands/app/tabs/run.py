@@ -9,7 +9,17 @@ import gradio as gr
 from mergekit_lite.commands.app.places import Places
 from mergekit_lite.commands.app.planned import documents_by_range, output_of, planned, shown
 from mergekit_lite.commands.app.runs import STREAM, Runs, State
-from mergekit_lite.commands.app.tabs.parts import Online, asked, listed, on, refusal, standing
+from mergekit_lite.commands.app.tabs.parts import (
+    Online,
+    Watch,
+    asked,
+    listed,
+    on,
+    refusal,
+    standing,
+    stops_and_resumes,
+    usable,
+)
 from mergekit_lite.commands.app.tabs.push import push_part
 from mergekit_lite.engine.run import check_outputs
 from mergekit_lite.errors import MergekitLiteError, UsageError
@@ -18,10 +28,9 @@ from mergekit_lite.pages.html import Markup, element
 from mergekit_lite.recipe.documents import final
 
 MOST_CARD = 200_000  # bytes of an output's card that is shown
-TICK = 1.0  # seconds between two looks at a run
 
 
-def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online) -> None:
+def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online, watch: Watch) -> None:
     """Lay out the tab."""
     output = gr.Textbox("merged", label="Name of the output", info=f"A folder in {places.root}", elem_id="output")
     streamed = gr.Checkbox(label="Read models of the hub by range (--stream): none is stored", elem_id="stream")
@@ -34,12 +43,17 @@ def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online) -> None:
     refused = gr.HTML(elem_id="refused")
     stands = gr.HTML(elem_id="state")
     verdict = gr.HTML(elem_id="verdict")
-    now = [stands, start, stop, resume, verify]
+    known = gr.State()  # what is shown of a run
+    shows = [stands, start, stop, resume, verify, known]
+    now = [watch.timer, *shows]
+
+    def seen(before: State | None) -> tuple[bool, list[Any]]:
+        state = runs.state()
+        same = [gr.skip()] * len(shows)
+        return state.kind == "running", same if state == before else [shown_state(places, state), *usable(state), state]
 
     def look() -> list[Any]:
-        state = runs.state()
-        usable = (state.kind != "running", state.kind == "running", state.kind == "stopped", state.kind == "done")
-        return [shown_state(places, state), *(gr.Button(interactive=each) for each in usable)]
+        return [watch.soon(), *seen(None)[1]]
 
     def started(written: str, name: str, by_range: bool) -> list[Any]:
         wrong: Markup | str = ""
@@ -67,28 +81,16 @@ def run_tab(places: Places, runs: Runs, text: gr.Code, online: Online) -> None:
             return refusal(str(error))
         return asked(places, ["plan", file, STREAM], [], environment=online)
 
-    def resumed() -> list[Any]:
-        try:
-            runs.resume()
-        except MergekitLiteError as error:
-            return [refusal(str(error)), *look()]
-        return ["", *look()]
-
-    def stopped() -> list[Any]:
-        runs.stop()
-        return look()
-
     def verified() -> Markup:
         return listed([asked(places, ["verify", output], [output]) for output in runs.state().outputs])
 
     on(start.click, started, [text, output, streamed], [refused, verdict, *now])
-    on(resume.click, resumed, None, [refused, *now])
-    on(stop.click, stopped, None, now)
+    stops_and_resumes(runs, look, stop, resume, refused, now)
     on(verify.click, verified, None, verdict)
     on(streamed.input, lambda given: gr.Button(visible=given), streamed, plan)
     on(plan.click, planned_by_range, text, refused)
-    on(gr.Timer(TICK).tick, look, None, now, show_progress="hidden")
-    push_part(places, runs, online)
+    watch.add(seen, [known], shows)
+    push_part(places, runs, online, watch)
 
 
 def _start_streamed(written: str, name: str, places: Places, runs: Runs) -> None:
