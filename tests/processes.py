@@ -70,7 +70,7 @@ class Forked:
 
     def end(self) -> Ended:
         """Wait for its end."""
-        self._process.join(120)
+        self._process.join(900)  # others may want the cores
         code = self._process.exitcode
         assert code is not None, "still running"
         return Ended(code, *(path.read_text() for path in self._told))

@@ -165,7 +165,7 @@ def processes_in(folder: Path) -> set[str]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 900) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 3600) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not condition():
