@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-from tests.stores import azure, google
 from tests.ports import free_port
+from tests.stores import azure, google
 from tests.stores.servers import program, rclone, wait_until_listening
 
 BUCKET = "bucket"
