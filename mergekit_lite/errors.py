@@ -70,6 +70,19 @@ def listing(title: str, lines: Sequence[str], shown: int = SHOWN_PROBLEMS) -> st
     return "\n".join([f"{title}:", *(f"  - {shortened(line)}" for line in lines[:shown]), *tail])
 
 
+def said_once(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each thing that is said of tensors: what is said of many of them is one line."""
+    names: dict[str, list[str]] = {}
+    for name, what in said:
+        names.setdefault(what, []).append(name)
+    return [f"{first_of(each)}: {what}" for what, each in names.items()]
+
+
+def first_of(tensors: Sequence[str]) -> str:
+    """Return the first of the tensors' names, with the number of the others."""
+    return f"{tensors[0]} and {counted(len(tensors) - 1, 'more tensor')}" if len(tensors) > 1 else tensors[0]
+
+
 def refuse(where: object, problems: Sequence[str], subject: str) -> None:
     """Raise CheckpointError where there are problems with the subject; all of them are named."""
     if problems:

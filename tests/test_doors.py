@@ -105,6 +105,21 @@ def test_tensors_of_one_model_only_are_refused() -> None:
     assert "spare: is in sft, but not in dpo" in text and "new: is missing in sft" in text
 
 
+def test_what_is_wrong_with_many_tensors_is_one_problem() -> None:
+    write_model("sft", state(0, layers=9), hidden_size=8)
+    write_model("dpo", state(0, layers=9, hidden=12), hidden_size=12)
+    first, *others = refused().splitlines()[1:]
+    assert "hidden_size: 12 in dpo, 8 in sft" in first
+    assert "q_proj.weight and 8 more tensors: shape [12, 12], but [8, 8] in sft" in "".join(others) and len(others) == 4
+
+
+def test_layers_that_a_model_lacks_are_one_problem() -> None:
+    write_model("sft", state(0, layers=2))
+    write_model("dpo", state(0, layers=4), num_hidden_layers=4)
+    [problem] = refused().splitlines()[1:]
+    assert "model.layers has 4 layers in dpo and 2 layers in sft" in problem
+
+
 def test_the_model_that_is_continued_decides() -> None:
     """Heads, buffers, whole numbers and dtypes are the aligned model's, whichever way the two differ."""
     sft, dpo = state(0), tuned(state(0), 1)

@@ -110,13 +110,13 @@ def command(
     if csv_path is not None:
         table = io.StringIO()
         export.write_csv(comparison, table)
-        csv_path.write_text(table.getvalue(), encoding="utf-8", newline="")
+        values.write_whole(csv_path, table.getvalue(), newline="")
     if plot is not None:
         plots.save(comparison, plot)
     if html_path is not None:
         from mergekit_lite.comparison.html_report import page
 
-        html_path.write_text(page(comparison), encoding="utf-8", newline="\n")
+        values.write_whole(html_path, page(comparison), newline="\n")
     if as_json:
         click.echo(
             json.dumps(json_output.with_fetched(export.as_data(comparison) | json_output.of_nodes(crew)), indent=1)

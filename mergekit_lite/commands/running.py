@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands import values
+from mergekit_lite.commands import units, values
 from mergekit_lite.commands.prediction import predicted
 from mergekit_lite.commands.push import show, takes_public
 from mergekit_lite.engine.pool import writing_workers
@@ -280,4 +280,4 @@ def _check_room(plan: Plan, threads: int | None) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         what = "the output needs" if not isinstance(output, Place) else "what waits to be uploaded can take"
-        raise RunError(f"{parent}: has {free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB. Make room or {remedy}.")
+        raise RunError(f"{parent}: has {units.size(free)} free, {what} {units.size(needed)}. Make room or {remedy}.")

@@ -244,7 +244,7 @@ def _mirrored(lower: FloatArray, count: int) -> FloatArray:
 def shares(changes: FloatArray) -> tuple[float, ...]:
     """Return weights in proportion to each model's change, equal ones where nothing changed, as VaRM and SCE do."""
     total = float(changes.sum())
-    if math.isnan(total):
+    if not math.isfinite(total):
         return (math.nan,) * len(changes)
     return tuple((changes / total).tolist()) if total > 0 else (1 / len(changes),) * len(changes)
 

@@ -14,7 +14,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.naming.alignment import names_differ
 from mergekit_lite.checkpoint.optional_tensors import why_optional
-from mergekit_lite.errors import PlanError
+from mergekit_lite.errors import PlanError, said_once
 from mergekit_lite.recipe.layers import place, stacks
 
 
@@ -98,7 +98,7 @@ def shared_tensors(models: Sequence[Checkpoint]) -> tuple[list[SharedTensor], li
     notes += strangers
     unmatched += [Unmatched(first.reference, name, why) for name, why in first.left_out.items()]
     if not shared:
-        reasons = strangers or [f"{tensor.name} of {tensor.model}: {tensor.why}" for tensor in unmatched]
+        reasons = strangers or said_once((f"{tensor.name} of {tensor.model}", tensor.why) for tensor in unmatched)
         raise PlanError(["no tensor of these models can be compared", *(reasons or ["there are no tensors"])])
     return shared, unmatched, notes
 

@@ -101,7 +101,7 @@ class Jobs:
         if missing and is_float:
             lacking = ", ".join(self.inputs[model].reference for model in missing)
             having = self.inputs[models[lead]].reference
-            raise MissingError(f"{name}: is missing in {lacking}; exclude it to take it from {having} as it is")
+            raise MissingError(name, f"is missing in {lacking}; exclude it to take it from {having} as it is")
         if is_float or not self.continues:
             rows = self.recipe.new_rows if self.continues else None
             others = [(other, self.inputs[models[index]].reference) for index, other in specs.items() if index != lead]
@@ -162,7 +162,7 @@ class Jobs:
         if module := self._tower(name, self.parts[tensor.part][having], [self.config_source]):
             raise LeftOutError(f"{model.reference} has no {module}")
         lacking = f"is in {models[having].reference}, but not in {model.reference}"
-        raise MissingError(f"{name}: {lacking}; exclude it to go on without it")
+        raise MissingError(name, f"{lacking}; exclude it to go on without it")
 
     def _is_outside(self, name: str, model: int) -> bool:
         """Return whether an input stands for a part of the output that a tensor isn't in."""

@@ -23,7 +23,11 @@ REMEDY = "tokenizer_source (--tokenizer-source) lets rows follow their tokens"
 
 
 class MismatchError(Exception):
-    """A tensor whose inputs don't agree; the message is one line of the plan's list of problems."""
+    """A tensor whose inputs don't agree; ``what`` says in which way, in the plan's list of problems."""
+
+    def __init__(self, name: str, what: str):
+        self.name, self.what = name, what
+        super().__init__(f"{name}: {what}")
 
 
 class MissingError(MismatchError):
@@ -38,7 +42,7 @@ def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, 
     can't go into one tensor.
     """
     if other.dtype != spec.dtype and not (dtypes.is_float(spec.dtype) and dtypes.is_float(other.dtype)):
-        raise MismatchError(f"{name}: is {spec.dtype}, but {other.dtype} in {where}")
+        raise MismatchError(name, f"is {spec.dtype}, but {other.dtype} in {where}")
     if spec.shape == other.shape:
         return spec.numel
     is_vocabulary = tied_weights.is_vocabulary(name)
@@ -50,7 +54,7 @@ def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, 
     if grown:
         rows = spec.shape[0] - other.shape[0]
         hint = f" ({rows:,} more rows: the vocabulary grew; --new-rows copy takes them as they are, {REMEDY})"
-    raise MismatchError(f"{name}: shape {list(spec.shape)}, but {list(other.shape)} in {where}{hint}")
+    raise MismatchError(name, f"shape {list(spec.shape)}, but {list(other.shape)} in {where}{hint}")
 
 
 def output_dtype(spec: TensorSpec, asked: str | None) -> str:

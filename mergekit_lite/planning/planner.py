@@ -13,7 +13,7 @@ from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.naming.alignment import as_part, names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.checkpoint.tokenizer_file import Tokenizer, read_tokenizers
-from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
+from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest, said_once
 from mergekit_lite.layout import OutputPath, is_single_file, output_path
 from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.options import named_options
@@ -114,7 +114,8 @@ def make_plan(
     jobs, statistics, unfit = with_statistics(
         recipe, jobs, opened_inputs, inputs, opened or {}, rows_move=vocabulary is not None
     )
-    problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
+    problems = disagreements(MUST_AGREE, inputs, config_source)  # first: most of what follows may come of it
+    problems += [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
     problems += unfit
     paths = tuple(map(output_path, outputs))
     is_folder = not is_single_file(paths[0])
@@ -123,7 +124,6 @@ def make_plan(
         problems += _not_fp8(jobs, inputs[config_source], is_folder)
     problems += _unmatched(recipe, tensors) if strict else []
     problems += _of_several(recipe, inputs[config_source], outputs)
-    problems += disagreements(MUST_AGREE, inputs, config_source)
     problems += problems_of_rows
     foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer]) if vocabulary is None else ([], [])
     template = chat_template(recipe.chat_template, inputs) if recipe.chat_template is not None else None
@@ -258,7 +258,7 @@ def _jobs(
     jobs: list[Job] = []
     spare: dict[str, str] = {}
     misfits: list[MismatchError] = []
-    refused: dict[str, list[str]] = {}
+    refused: list[tuple[str, str]] = []
     for tensor, made_with in zip(tensors, numbers, strict=True):
         try:
             jobs.append(making.job(tensor, made_with))
@@ -267,13 +267,10 @@ def _jobs(
         except MismatchError as mismatch:
             misfits.append(mismatch)
         except WrongNumbersError as wrong:
-            refused.setdefault(str(wrong), []).append(tensor.spot.name)
+            refused.append((tensor.spot.name, str(wrong)))
     problems = _strangers(making, misfits)
-    problems += [str(each) for each in misfits if not (problems and isinstance(each, MissingError))]
-    for reason, names in refused.items():  # what a method says of many tensors is one problem
-        more = f" and {counted(len(names) - 1, 'more tensor')}" if len(names) > 1 else ""
-        problems.append(f"{names[0]}{more}: {reason}")
-    return jobs, spare, problems
+    told = [(each.name, each.what) for each in misfits if not (problems and isinstance(each, MissingError))]
+    return jobs, spare, problems + said_once(told + refused)
 
 
 def _strangers(making: Jobs, misfits: Sequence[MismatchError]) -> list[str]:

@@ -150,6 +150,8 @@ def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str, promise
     for name, sources in having.items():
         at = places.pop(name)
         length = next(iter(lengths[at.stack])) if at and at.stack in lengths else 0
+        if at and length and len(lengths[at.stack]) > 1 and at.layer >= min(lengths[at.stack]):
+            continue  # a layer that some models lack: that is one problem, not one of each tensor
         spot = Spot(name, at.layer if at and length else None)
         t = depth(spot.layer, max(length, spot.layer + 1)) if spot.layer is not None else Fraction(0)
         tensors.append(Output(spot, 0, t, sources, (spot,) * len(sources)))

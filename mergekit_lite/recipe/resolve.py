@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mergekit_lite.errors import counted
+from mergekit_lite.errors import first_of
 from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.parameters import Parameter
 from mergekit_lite.recipe.layers import Output
@@ -109,8 +109,7 @@ class _Resolving:
 
     def problems(self) -> Iterator[str]:
         for text, tensors in self.wrong.items():
-            more = f" and {counted(len(tensors) - 1, 'more tensor')}" if len(tensors) > 1 else ""
-            yield f"{text} for {tensors[0]}{more}"
+            yield f"{text} for {first_of(tensors)}"
 
 
 def _idle(recipe: Recipe, used: set[int], spots: Sequence[Spot]) -> Iterator[Remark]:

@@ -14,7 +14,7 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.comparison.shared_tensors import tensors_by_name
 from mergekit_lite.deferred import torch
-from mergekit_lite.errors import NonFiniteError, PlanError, UnreadableError, counted
+from mergekit_lite.errors import NonFiniteError, PlanError, UnreadableError, counted, said_once
 from mergekit_lite.planning import vocabularies
 from mergekit_lite.planning.matching import REMEDY
 from mergekit_lite.planning.tokenizers import foreign_vocabularies
@@ -116,25 +116,27 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
     left_out = modules_alone(tuned.tensors, tuned.config, base.tensors, base.config)
     pairs: list[TensorPair] = []
     notes = [*base.notes, *tuned.notes]
-    missing: list[str] = []
+    of_tensors: list[tuple[str, str]] = []
+    missing: list[tuple[str, str]] = []
     alone: Counter[str] = Counter()
     for name, (after, before) in tensors_by_name((tuned, base)):
         why = before and why_optional(name, before, base.tensors, base.config_of(name)) if after is None else None
         if why:
-            notes.append(f"{name}: {why}; only {base.reference} has it, and models made with the vector keep it")
+            of_tensors.append((name, f"{why}; only {base.reference} has it, and models made with the vector keep it"))
         elif after is None and name in kept:
             alone[f"{kept[name]}: only {base.reference} has it, and models made with the vector keep it"] += 1
         elif before is None and name in left_out:
             alone[f"{left_out[name]}: only {tuned.reference} has it, so it is no part of the vector"] += 1
         elif after is None:
-            missing.append(f"{name}: is in {base.reference}, but not in {tuned.reference}")
+            missing.append((name, f"is in {base.reference}, but not in {tuned.reference}"))
         else:
             whole, note = _is_whole(name, after, before, base, tuned)
             pairs.append(TensorPair(name, after, None if whole else before))
-            notes += [f"{name}: {note}"] * bool(note)
+            of_tensors += [(name, note)] * bool(note)
+    notes += said_once(of_tensors)
     notes += [f"{note} ({counted(number, 'tensor')})" for note, number in alone.items()]
     strangers = names_differ(tuned, base) if missing else None
-    return pairs, notes, [strangers] if strangers else missing
+    return pairs, notes, [strangers] if strangers else said_once(missing)
 
 
 def by_token(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -232,6 +233,23 @@ def test_what_does_not_fit_is_named_and_the_rest_compared(tmp_path: Path) -> Non
     head = next(entry for entry in comparison.tensors if entry.tensor.name == "lm_head.weight")
     wanted = tied["model.embed_tokens.weight"][:16].double() - base["lm_head.weight"].double()
     assert comparison.figures(head).norm[0] == pytest.approx(float(wanted.norm()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinity_has_no_share(tmp_path: Path) -> None:
+    states = models()
+    states[1]["lm_head.weight"][0, 0] = math.inf
+    comparison = compared(tmp_path, states)
+    assert list(comparison.nonfinite) == ["lm_head.weight"]
+    assert all(map(math.isnan, deltas.shares(np.array([math.inf, 1]))))
+
+
+def test_what_is_wrong_with_many_tensors_is_told_once(tmp_path: Path) -> None:
+    with pytest.raises(PlanError) as raised:
+        compared(tmp_path, [state(0, layers=6), state(0, layers=6, hidden=12)])
+    _, *problems = raised.value.problems
+    assert len(problems) == 4 and "q_proj.weight of" in problems[-1]
+    assert "and 5 more tensors: shape [8, 8] here, [12, 12] in" in problems[-1]
 
 
 @pytest.mark.parametrize("tied", [0, 1])

@@ -91,6 +91,14 @@ def test_a_terminal_of_80_columns_is_enough(place: Path, monkeypatch: pytest.Mon
     assert "…" not in told.split("•")[0] and re.search(r"^A +\S+e-0\d .* like|larger", told, re.MULTILINE)
 
 
+@pytest.mark.parametrize("option", ["--csv", "--html"])
+def test_a_file_that_cannot_be_written_is_told(option: str, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "writing-figures").mkdir()  # stands where it is written first
+    code, _, err = invoke(str(place / "base"), str(place / "math"), option, str(tmp_path / "figures"), "-q")
+    assert code == 1 and f"Can't write {tmp_path / 'figures'}: Is a directory." in err
+    assert not (tmp_path / "figures").exists()
+
+
 def test_json_and_csv_hold_the_same_figures(place: Path, tmp_path: Path) -> None:
     file = tmp_path / "figures.csv"
     code, told, _ = invoke(*(str(place / name) for name in ("base", "math", "code")), "--json", "--csv", str(file))

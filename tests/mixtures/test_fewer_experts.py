@@ -152,6 +152,9 @@ def test_what_cannot_be(tmp_path: Path) -> None:
             checked(model, number, "weights", False, "moe prune")
     config = Path(model, "config.json")
     before = config.read_text()
+    config.write_text(before.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 6'))
+    with pytest.raises(PlanError, match="1 expert: it has 6, and each token goes through 6: no fewer will do"):
+        checked(model, 1, "weights", False, "moe prune")
     config.write_text(before.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": "two"'))
     with pytest.raises(PlanError, match="its config has 'two' as num_experts_per_tok: expected a whole number"):
         checked(model, 3, "weights", False, "moe prune")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.engine.run import Finished, RunOptions, run
-from mergekit_lite.errors import PlanError, UsageError, nearest
+from mergekit_lite.errors import PlanError, UsageError, counted, nearest
 from mergekit_lite.mixtures.building.building import plan_moe
 from mergekit_lite.mixtures.building.dense import families_named, kind_of
 from mergekit_lite.mixtures.families import FAMILIES, Family
@@ -51,7 +51,8 @@ def plan_upcycle(
     if not (math.isfinite(noise) and noise >= 0):
         raise UsageError(f"noise is a standard deviation, a number from 0 on, got {noise}.")
     if not 1 <= experts_per_token <= experts:
-        raise UsageError(f"Of {experts} experts each token goes through 1 to {experts}, got {experts_per_token}.")
+        of = counted(experts, "expert")
+        raise UsageError(f"experts_per_token: of {of} expected 1 to {experts}, got {experts_per_token}.")
     if dtype is not None and dtypes.output_named(dtype) not in dtypes.FLOATS:
         raise UsageError(f"Mixtures are written in one of {', '.join(dtypes.FLOATS)}, got {dtype!r}.")
     if seed < 0:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.encodings.views import joined, run_of
-from mergekit_lite.errors import PlanError, UsageError, listing
+from mergekit_lite.errors import PlanError, UsageError, counted, listing
 from mergekit_lite.layout import OutputPath
 from mergekit_lite.mixtures.families import ROLES
 from mergekit_lite.mixtures.layers import (
@@ -137,8 +137,8 @@ def unfit(mixture: Checkpoint, layers: Sequence[ExpertLayer], number: int) -> It
         yield f"{mixture.reference}: its config says {key} {config[key]}, its layers have {before}"
     per_token = config.get(count_key(config, PER_TOKEN) or "", 1)
     if not per_token <= number < before:
-        expected = f"expected {per_token} to {before - 1}"
-        yield f"{number} experts: it has {before}, and each token goes through {per_token}: {expected}"
+        expected = f"expected {per_token} to {before - 1}" if per_token < before else "no fewer will do"
+        yield f"{counted(number, 'expert')}: it has {before}, and each token goes through {per_token}: {expected}"
     teams = routing_groups(mixture)
     if before % teams:
         yield f"{mixture.reference}: its {before} experts are no {teams} groups of equal size (n_group)"
