@@ -75,6 +75,7 @@ Examples:
 @click.pass_obj
 def command(
     kept: Kept | None,
+    /,
     texts: tuple[str, ...],
     prompts: tuple[Path, ...],
     limit: int | None,

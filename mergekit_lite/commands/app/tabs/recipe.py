@@ -95,7 +95,9 @@ def recipe_tab(opened: list[Callable[..., Any]], places: Places, runs: Runs, nam
         return change
 
     def timed(written: str) -> Markup | str:
-        result, planning = known if (known := latest[0])[0].text == written else made(written)
+        result, planning = latest[0]
+        if result.text != written:
+            result, planning = made(written)
         return element("p", pace.told(result.steps, planning)) if result.steps else ""
 
     def of_template(name: str | None) -> Any:
