@@ -79,8 +79,8 @@ def said_once(said: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def first_of(tensors: Sequence[str]) -> str:
-    """Return the first of the tensors' names, with the number of the others."""
-    return f"{tensors[0]} and {counted(len(tensors) - 1, 'more tensor')}" if len(tensors) > 1 else tensors[0]
+    """Return the names of one or two tensors; of more the first one, with the number of the others."""
+    return " and ".join([tensors[0], f"{len(tensors) - 1} more tensors"] if len(tensors) > 2 else tensors)
 
 
 def refuse(where: object, problems: Sequence[str], subject: str) -> None:

@@ -89,7 +89,7 @@ def test_merged_on_the_hubs_base(pair: State) -> None:
 def test_vectors_and_comparisons(pair: State) -> None:
     extracted = mergekit_lite.extract_vector("hub", "saved", "v.safetensors")
     [told] = (note for note in extracted.notes if "only hub has it" in note or "ties it to" in note)
-    assert told.startswith(tuple(pair)) and (f"and {len(pair) - 1} more tensor" in told) == (len(pair) > 1)
+    assert told.startswith(tuple(pair)) and (" and " in told.partition(":")[0]) == (len(pair) > 1)
     mergekit_lite.apply_vectors("hub", ["v.safetensors"], "out")
     out, hub, saved = map(read_folder, map(Path, ("out", "hub", "saved")))
     assert out.keys() == hub.keys()

@@ -106,7 +106,9 @@ def test_filters_of_a_model_match_its_own_names() -> None:
     _, found, numbers = resolved(text)
     assert [numbers[f"model.layers.{n}.mlp.up_proj.weight"].per_model[0]["weight"] for n in range(4)] == [1, 1, 30, 40]
     assert [numbers[f"model.layers.{n}.mlp.up_proj.weight"].shared["lambda"] for n in range(4)] == [1, 1, 2, 3]
-    assert found.problems == ("no filter gives ties the parameter 'weight' of a for lm_head.weight and 1 more tensor",)
+    assert found.problems == (
+        "no filter gives ties the parameter 'weight' of a for lm_head.weight and model.norm.weight",
+    )
 
 
 def test_one_layer_takes_the_last_value_and_the_ends_the_first() -> None:
