@@ -119,6 +119,7 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
     of_tensors: list[tuple[str, str]] = []
     missing: list[tuple[str, str]] = []
     alone: Counter[str] = Counter()
+    is_tuned = False  # whether any tensor has the shape of the base's
     for name, (after, before) in tensors_by_name((tuned, base)):
         why = before and why_optional(name, before, base.tensors, base.config_of(name)) if after is None else None
         if why:
@@ -130,12 +131,15 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
         elif after is None:
             missing.append((name, f"is in {base.reference}, but not in {tuned.reference}"))
         else:
+            is_tuned |= before is not None and after.shape == before.shape
             whole, note = _is_whole(name, after, before, base, tuned)
             pairs.append(TensorPair(name, after, None if whole else before))
             of_tensors += [(name, note)] * bool(note)
     notes += said_once(of_tensors)
     notes += [f"{note} ({counted(number, 'tensor')})" for note, number in alone.items()]
     strangers = names_differ(tuned, base) if missing else None
+    if pairs and not missing and not is_tuned:
+        strangers = f"no tensor of {tuned.reference} has the shape that it has in {base.reference}: nothing to subtract"
     return pairs, notes, [strangers] if strangers else said_once(missing)
 
 

@@ -92,6 +92,15 @@ def test_dtypes_that_differ(tmp_path: Path) -> None:
         assert_same(read_folder(tmp_path / "out"), read_folder(tmp_path / after))
 
 
+def test_a_model_of_another_width_was_not_tuned_from_the_base(tmp_path: Path) -> None:
+    """The file would be a copy of the model, called a difference."""
+    write_folder(tmp_path / "base", state(0, hidden=64))
+    write_folder(tmp_path / "wide", state(0, hidden=96))
+    with pytest.raises(PlanError, match="no tensor of .*wide has the shape"):
+        extract_vector(tmp_path / "base", tmp_path / "wide", tmp_path / "v.safetensors")
+    assert not list(tmp_path.glob("v.*"))
+
+
 def test_tensors_that_are_no_differences(tmp_path: Path) -> None:
     """Integers, tensors that only the tuned model has, a vocabulary that grew; what is the same takes no room."""
     base = state(0) | {"ids": torch.arange(5), "rotary_emb.inv_freq": torch.ones(4)}
@@ -110,7 +119,7 @@ def test_tensors_that_are_no_differences(tmp_path: Path) -> None:
         apply_vectors(tmp_path / "base", [f"{tmp_path / 'v.safetensors'}:0.5"], tmp_path / "half")
     del base["model.norm.weight"]
     write_folder(tmp_path / "less", base)
-    with pytest.raises(PlanError, match=r"model.norm.weight: is in .*tuned, but not in .*less"):
+    with pytest.raises(PlanError, match=r"value_head.weight and model.norm.weight: is in .*tuned, but not in .*less"):
         extract_vector(tmp_path / "tuned", tmp_path / "less", tmp_path / "w.safetensors")
 
 
