@@ -216,7 +216,8 @@ def said(error: BaseException) -> str:
     if type(error).__name__ == "InvalidPathError":
         key = re.search(r'Path "([^"]*)"', text)
         what = f"a key {key[1]!r}" if key else "a key"
-        return one_line(f"the store has {what} with a part that is empty or dots, which its client can't list", 300)
+        why = f"the store has {what} with a part that is empty or dots, which its client can't list"
+        return one_line(f"{why}: move it away, or read a copy without it", 300)
     if "builder error" in text:  # of a client that is not allowed to make the request
         return "an endpoint without TLS is asked only if AWS_ALLOW_HTTP=true is set (GOOGLE_…, AZURE_…)"
     if status := re.search(r"status code: (\d{3}[ \w]*)", text):

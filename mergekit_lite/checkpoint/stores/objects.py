@@ -44,8 +44,6 @@ def _asked(verb: str, url: str) -> Any:
             return store_process.ask(verb, url)
         except FileNotFoundError:
             raise
-        except CheckpointError as error:
-            raise CheckpointError(f"{url}: {error}. Move it away, or read a copy without it.") from None
         except PermissionError as error:
             raise CheckpointError(f"{url}: {object_stores.denied(url)} ({error})") from None
         except OSError as error:
