@@ -96,7 +96,7 @@ def test_a_model_of_another_width_was_not_tuned_from_the_base(tmp_path: Path) ->
     """The file would be a copy of the model, called a difference."""
     write_folder(tmp_path / "base", state(0, hidden=64))
     write_folder(tmp_path / "wide", state(0, hidden=96))
-    with pytest.raises(PlanError, match="no tensor of .*wide has the shape"):
+    with pytest.raises(PlanError, match=r"no tensor of .*wide has the shape"):
         extract_vector(tmp_path / "base", tmp_path / "wide", tmp_path / "v.safetensors")
     assert not list(tmp_path.glob("v.*"))
 
