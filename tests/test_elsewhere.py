@@ -161,7 +161,7 @@ HANDLED = {  # where the system is asked first, or nothing runs without POSIX
     "checkpoint/stores/private_folder.py",
     "commands/app/pace.py", "commands/app/runs.py", "commands/limits.py", "distillation/training/watch.py",
     "engine/pool.py", "engine/processes.py", "output/file_writer.py", "output/sync.py", "output/working_folder.py",
-    "locks.py", "positioned.py", "prediction/cluster.py",
+    "locks.py", "positioned.py", "prediction/cluster.py", "prediction/made_up.py",
 }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def measured_costs(plan: Plan) -> Costs:
 def python_step() -> float:
     """Return the seconds of processor time that a loop in Python takes for a step, here and now.
 
-    What a run does besides arithmetic on weights is so many steps; their pace is the machine's, and its neighbours'.
+    What a run does besides arithmetic on weights is told in steps; their pace is the machine's, and its neighbours'.
     """
     tries = []
     for _ in range(MOST_TIMES):

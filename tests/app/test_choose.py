@@ -224,6 +224,7 @@ def test_a_chat_keeps_its_models_while_it_is_open(
     os.kill(int(json.loads((chats.folder / "preview.json").read_text())["process"]), signal.SIGKILL)
     wait(lambda: not resident.holds)
     assert answered("Six?", "./sft", "./dpo") and len(chat(chats).conversations[0]) == 4
+    forget(chats, resident)
 
 
 def test_a_search_is_shown_as_it_stands_and_answers_are_text(tmp_path: Path) -> None:

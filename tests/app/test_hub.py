@@ -209,7 +209,7 @@ def test_a_model_of_the_hub_comes_by_the_users_word_alone(page: Page, root: Path
     assert {path.name: path.stat().st_size for path in kept.iterdir()} == wanted
 
     since = len(hub.asked)
-    page.get_by_role("tab", name="Recipe").click()
+    write(page, RECIPE)
     expect(page.locator("#plan .plan")).to_contain_text("linear weight 0.5")
     page.get_by_role("tab", name="Run").click()
     page.locator("#stream input").uncheck()

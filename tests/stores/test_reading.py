@@ -264,7 +264,7 @@ ODD = ("what?.jinja", "a#b.jinja", "50%.jinja", "a%20b.jinja", "a b.jinja", "\u0
 
 
 def test_names_that_a_url_would_hold_otherwise(
-    models: Path, store: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files with such names are read as others, from stores and web servers, and kept in full."""
     local = models / "bucket" / "odd"
@@ -273,9 +273,10 @@ def test_names_that_a_url_would_hold_otherwise(
     for name in ODD:
         (local / "additional_chat_templates" / name).write_text(name)
     (local / "model.safetensors").rename(local / "50% #1.safetensors")
+    store.put_folder("odd/", local)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with serving("http", models) as port:
-        for url in ("s3://bucket/odd", f"http://127.0.0.1:{port}/bucket/odd"):
+        for url in (store / "odd", f"http://127.0.0.1:{port}/bucket/odd"):
             stand_in, _ = mirror.stand_up(url)
             for name in ODD:
                 assert (Path(os.fspath(stand_in)) / "additional_chat_templates" / name).read_text() == name

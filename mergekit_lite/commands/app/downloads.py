@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mergekit_lite.commands.app.places import WEIGHTS, Places
-from mergekit_lite.commands.app.runs import Runs, State, apart, program
+from mergekit_lite.commands.app.programs import program
+from mergekit_lite.commands.app.runs import Runs, State, apart
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.input_files import read_json
 from mergekit_lite.plain_text import plain

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import BinaryIO
 
-from mergekit_lite.commands.app.runs import program
+from mergekit_lite.commands.app.programs import program
 
 MOST_BYTES = 1 << 16  # of a command
 PATIENCE = 600  # seconds without a command after which the models are let go

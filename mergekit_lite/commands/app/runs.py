@@ -15,43 +15,27 @@ import shlex
 import signal
 import stat
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from mergekit_lite.commands.app.programs import program
+from mergekit_lite.commands.app.resident import Resident
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.input_files import read_text
 from mergekit_lite.plain_text import plain
 
-if TYPE_CHECKING:
-    from mergekit_lite.commands.app.resident import Resident
-
 FOLDER = ".mergekit-lite-app"
-# Modules come from where this one came from, never from the folder of the models, in which commands are run.
-PATHS = [str(Path(__file__).parents[3]), *(path for path in sys.path if Path(path).is_absolute())]
 STREAM = "--stream"  # models are read by range, and nothing of them is stored
 RECORDED = {"arguments", "output", "outputs", "process"}  # of a run
 MOST_SAID = 100_000  # characters of what a command said, from its end
 NOTHING: Mapping[str, str] = MappingProxyType({})
-PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
-
-
-def program(module: str) -> tuple[str, ...]:
-    """Return the command of a module of this folder, which has a ``start``.
-
-    As long as it is imported, an interruption ends it without a traceback.
-    """
-    silent = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"
-    begin = f"sys.path[:] = {PATHS}; from {__package__}.{module} import start; start()"
-    return sys.executable, "-c", f"{silent}; {begin}"
-
-
 PROGRAM = program("child")
+PROGRESS = re.compile(r"^ *(\d+)%  (.*)$")
 
 
 def shown_command(arguments: list[str]) -> str:
