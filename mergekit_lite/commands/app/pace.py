@@ -25,7 +25,7 @@ class Pace:
         """Measure nothing yet."""
         self.places = places
         self._measuring = threading.Lock()  # two measurements at once would measure each other
-        self._machine: tuple[Cluster, float] | None = None
+        self._machine: tuple[Cluster, float, float] | None = None
         self._costs: dict[Hashable, Cost] = {}
         self._need_torch: set[Hashable] = set()
         self._importing = 0.0
@@ -39,15 +39,15 @@ class Pace:
             return "time is not predicted: weights lie elsewhere"
         with self._measuring:
             if self._machine is None:
-                self._machine = this_cluster(self.places.root / "merged"), self._start_up()
-            cluster, start = self._machine
-            told = predict_in_turn(plans, cluster, None, start + planning, self._costs_of)
+                self._machine = this_cluster(self.places.root / "merged"), self._start_up(), python_step()
+            cluster, start, step = self._machine
+            told = predict_in_turn(plans, cluster, None, start + planning, lambda plan: self._costs_of(plan, step))
         if len(plans) == 1:
             return headline(told.predictions[0])
         return f"about {seconds(told.seconds)} for all documents; the last one: {headline(told.predictions[-1])}"
 
-    def _costs_of(self, plan: Plan) -> Costs:
-        """Return what a plan's jobs cost, as it was measured or is now."""
+    def _costs_of(self, plan: Plan, step: float) -> Costs:
+        """Return what a plan's jobs cost, as it was measured or is now, where Python takes some seconds for a step."""
         kinds = [None if job.scales_of else kind_of(job) for job in plan.jobs]
         known = {kind: self._costs[kind] for kind in kinds if kind is not None and kind in self._costs}
         if any(kind is not None and kind not in known for kind in kinds):
@@ -58,7 +58,7 @@ class Pace:
                 self._need_torch |= costs.of_kind.keys()
             known = costs.of_kind
         importing = self._importing if known.keys() & self._need_torch else 0.0
-        return Costs(kinds, known, importing, python_step())
+        return Costs(kinds, known, importing, step)
 
     def _start_up(self) -> float:
         """Return the processor time that a merge takes before it looks at its recipe: of one that has none."""
