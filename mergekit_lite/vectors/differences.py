@@ -137,10 +137,10 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
             of_tensors += [(name, note)] * bool(note)
     notes += said_once(of_tensors)
     notes += [f"{note} ({counted(number, 'tensor')})" for note, number in alone.items()]
-    strangers = names_differ(tuned, base) if missing else None
+    problem = names_differ(tuned, base) if missing else None
     if pairs and not missing and not is_tuned:
-        strangers = f"no tensor of {tuned.reference} has the shape that it has in {base.reference}: nothing to subtract"
-    return pairs, notes, [strangers] if strangers else said_once(missing)
+        problem = f"no tensor of {tuned.reference} has the shape that it has in {base.reference}: nothing to subtract"
+    return pairs, notes, [problem] if problem else said_once(missing)
 
 
 def by_token(
