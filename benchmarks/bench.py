@@ -13,20 +13,21 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import click
 
 from benchmarks.checkpoints import Family
-from benchmarks.machine import available_memory, touch_memory
+from benchmarks.machine import available_memory, fill_memory
 from benchmarks.processes import Run, measured
 from benchmarks.tables import size, spread
 
 SLACK = 2e9  # bytes of disk left alone
-OUTPUTS = 4  # of a family that are in memory at one time, at most
 DISTURBED = 0.1  # share of the machine that others took, worth a warning
 COPY = "cp -r of one checkpoint"
 
@@ -95,17 +96,26 @@ class Bench:
         if not family.is_made():
             say(f"Making {len(family.names)} checkpoints of {size(family.nbytes)} in {family.folder}")
             subprocess.run([sys.executable, "-m", "benchmarks.checkpoints", family.as_json()], check=True)
-        touch_memory((len(family.names) + OUTPUTS) * family.nbytes)
         warm(family)
 
     def run(self, label: str, command: Sequence[str]) -> Run:
         """Measure one process, with no output of an earlier one left and nothing waiting to be written."""
         self.clear()
         self.output.mkdir()
-        os.sync()
+        self.settle()
         run = measured(command)
         say(f"  {label}: {run.wall:.2f} s, {size(run.peak)}")
         return run
+
+    def settle(self) -> None:
+        """Leave nothing that waits to be written, and no memory that nothing is in."""
+        os.sync()
+        fill_memory(self._holes)
+
+    @cached_property
+    def _holes(self) -> IO[bytes]:
+        """A file without a name, whose pages are in the page cache as long as it is open."""
+        return tempfile.TemporaryFile(dir=self.folder, buffering=0)
 
     def rounds(self, commands: Mapping[str, Sequence[str]], runs: int) -> dict[str, list[Run]]:
         """Run all commands in turn, ``runs`` times after one turn that doesn't count.

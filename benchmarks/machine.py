@@ -9,10 +9,11 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from benchmarks.tables import size
 
-LEFT_FREE = 1 << 30  # bytes of memory that aren't touched
+LEFT_FREE = 1 << 28  # bytes of memory that the page cache isn't made to take
 # asked of a child, so that this process stays small: see processes.own_peak
 PROBE = """
 import json, torch, mergekit_lite
@@ -63,15 +64,17 @@ def available_memory() -> int | None:
     return _memory("MemAvailable")
 
 
-def touch_memory(nbytes: int) -> None:
-    """Write to some free memory once, and give it back: what is free since a moment ago is taken first again.
+def fill_memory(holes: IO[bytes]) -> None:
+    """Let the page cache take what memory is free, as it has on any machine that has run for a while.
 
-    A virtual machine gets a page from its host when it first writes to it. On a machine that had just started that made
-    a gigabyte of output cost 2.1 seconds of processor time, and 0.2 later.
+    A virtual machine gets a page from its host when it first writes to it, and where it reports free pages it gives
+    them back within seconds. Now and then a gigabyte of output takes 2.3 seconds of processor time then, and 0.3 else.
+    What the page cache holds stays until a new page takes its place: here pages of a file of holes, each read once.
     """
-    touched = min(nbytes, (_memory("MemFree") or 0) - LEFT_FREE)
-    if touched > 0:
-        subprocess.run([sys.executable, "-c", 'import sys; b"1" * int(sys.argv[1])', str(touched)], check=True)
+    piece = memoryview(bytearray(1 << 20))  # small: no child is measured below this process
+    holes.truncate(holes.tell() + (_memory("MemFree") or 0))  # at most: a system may make room as fast as it is taken
+    while (_memory("MemFree") or 0) > LEFT_FREE and holes.readinto(piece):
+        pass
 
 
 def _memory(name: str) -> int | None:

@@ -121,12 +121,14 @@ def _pair(bench: Bench, case: Case, family: Family, nodes: int, address: str) ->
     bench.output.mkdir(parents=True)
     recipe = bench.folder / "nodes-recipe.yml"
     recipe.write_text(json.dumps(case.recipe(family.models)))
+    bench.settle()
     rates = _rates(family, bench.output, nodes)
     disk = ",".join(f"{rate / 1e9:.3f}" for rate in rates)
-    asked = [bench.program, "plan", str(recipe), "--nodes", str(nodes), "--cores", "1", "--disk", disk, "--json"]
+    asked = [bench.program, "plan", str(recipe), "--nodes", str(nodes), "--cores", "1", "--threads", "1"]
+    asked += ["--disk", disk, "--json"]
     told = json.loads(subprocess.run(asked, check=True, capture_output=True).stdout)["prediction"]
     _forget(family)
-    os.sync()
+    bench.settle()
     command = [bench.program, "merge", str(recipe), "-o", str(bench.output / "model"), "--ray", address, "--json"]
     busy, started = busy_seconds() or 0.0, time.perf_counter()
     ended = subprocess.run(command, capture_output=True, text=True)

@@ -186,12 +186,12 @@ def _pair(bench: Bench, case: Case, folders: Sequence[Path], workers: int, cold:
     recipe.write_text(json.dumps(case.recipe(folders)))
     out = bench.output / "model"
     command = [bench.program, "merge", str(recipe), "-o", str(out), "--threads", str(workers)]
-    os.sync()
+    bench.settle()
     _settle(folders, cold)
     before = python_step()
     asked = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True)
     predicted = json.loads(asked.stdout)["prediction"]
-    os.sync()
+    bench.settle()
     _settle(folders, cold)
     steps = before, python_step()
     pair = Pair(predicted, measured([*command, "-q"]), steps)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safe
 from mergekit_lite.methods import METHODS
 from mergekit_lite.object_stores import Place
 from mergekit_lite.prediction import Cluster, measured_costs, predict, predict_in_turn, this_cluster
-from mergekit_lite.prediction.cluster import COPY_OUT, FETCH, MOST_CROWDED, PIECE, cached
+from mergekit_lite.prediction.cluster import COPY_OUT, FETCH, MOST_CROWDED, PIECE, Way, cached, memory_at_hand
 from mergekit_lite.prediction.costs import Costs
 from mergekit_lite.prediction.prediction import busiest_share
 from tests.models import state, tuned, write_folder
@@ -178,6 +179,40 @@ def test_cores_that_move_bytes_at_once_hold_each_other_up(tmp_path: Path) -> Non
     assert processor(2, 3.0) - processor(2, 1.0) == pytest.approx(2 * moving, rel=1e-3)  # headers aside
     alone, crowded = (predict(plan, Cluster(1, crowding=by), 2, 1.0, costs).processor for by in (1.0, 3.0))
     assert crowded == alone, "one core moves all"
+
+
+@pytest.mark.parametrize("at", [1, 9, 100])
+def test_where_memory_at_hand_ends_is_seen_by_the_times_of_writes(at: int) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    draw = random.Random(seed)
+
+    def times(count: int, typical: float) -> list[float]:
+        return [typical * draw.uniform(0.8, 1.3) for _ in range(count)]
+
+    quick, slow = times(at, 0.3e-9), times(30, 2.3e-9)
+    nbytes, more = memory_at_hand([*quick, *slow])
+    assert nbytes == at * PIECE and more == pytest.approx(fmean(slow) - fmean(quick))
+    nothing = (math.inf, 0.0)
+    assert memory_at_hand([*quick, *times(30, 0.3e-9)]) == nothing, "all of it is at hand"
+    assert memory_at_hand(slow) == nothing, "nothing of it is: that is what a write takes"
+    assert memory_at_hand([*slow, *times(30, 0.3e-9)]) == nothing, "it got quicker"
+    assert memory_at_hand([*times(30, 0.3e-9), 20e-9]) == nothing, "one piece waited for something else"
+    assert memory_at_hand([]) == memory_at_hand(slow[:3]) == nothing
+
+
+@pytest.mark.parametrize(("waiting", "directly"), [(1e-9, True), (4e-9, False)])
+def test_beyond_the_memory_at_hand_the_cheaper_way_to_write_counts(waiting: float, directly: bool) -> None:
+    here = Cluster(2, copy_out=0.3e-9, at_hand=1e8, from_host=2e-9, past_cache=Way(0.2e-9, waiting), buffered=1e9)
+    few = here.met_by(1, 10**8)
+    assert (few.copy_out, few.write_wait, few.buffered) == (pytest.approx(0.3e-9), 0, 1e8)
+    many = here.met_by(1, 10**10)  # a hundredth of it at hand
+    beyond = 0.2e-9 if directly else 2.3e-9
+    assert many.copy_out == pytest.approx(0.01 * 0.3e-9 + 0.99 * beyond)
+    assert many.write_wait == pytest.approx(0.99 * waiting if directly else 0.0)
+    assert many.buffered == pytest.approx(1e8 if directly else 1e9)
+    plain = replace(here, past_cache=None, from_host=0.0).met_by(1, 10**10)
+    assert (plain.copy_out, plain.write_wait) == (pytest.approx(0.3e-9), 0)
 
 
 @pytest.mark.parametrize("method", RECIPES)

@@ -23,7 +23,7 @@ from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, Section, Sums, add_to, gather, needed, needs_torch
-from mergekit_lite.engine.tiling import TASK, TASKS, Span, longest_chunk, spans
+from mergekit_lite.engine.tiling import Span, joined_elements, longest_chunk, spans
 from mergekit_lite.methods.contract import Totals
 from mergekit_lite.output.by_workers import Parcel, RemoteFile, RemoteFiles, Written
 from mergekit_lite.output.journal import Record
@@ -54,7 +54,7 @@ class Schedule:
         self.writer = SpanWriter(plan, workers.block)
         self.progress = progress
         self.extent = sum(job.numel for job in plan.jobs)
-        self.most = min(TASK, self.extent // TASKS)  # elements that small spans or sections are joined to
+        self.most = joined_elements(self.extent)  # that small spans or sections are joined to
         self.needs_torch = not self.on_cpu  # else if a job does: workers that are forked then share one import
         self.needs_numpy = False
         self.shared: dict[tuple[int, int], JobMerge] = {}  # by job and output: merges whose sums several workers gather

@@ -74,6 +74,11 @@ def bounds(numel: int, merged: int, dtype: str) -> Iterator[tuple[int, int]]:
             yield begin, min(begin + span, last)
 
 
+def joined_elements(extent: int) -> int:
+    """Return how many elements spans of small tensors are joined to, in a plan of ``extent`` elements."""
+    return min(TASK, extent // TASKS)
+
+
 def longest_chunk(plan: Plan) -> int:
     """Return how many elements are read and written at once, as far as no job or block needs more."""
     fitting = BUFFERS // ((plan.most_inputs + 1) * plan.widest_element)

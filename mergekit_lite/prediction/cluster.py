@@ -8,9 +8,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
 from typing import IO, Any, NamedTuple
@@ -19,7 +20,11 @@ from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.output.file_writer import reserve, waiting_weight
 
 SCRATCH = 1 << 26  # bytes that are written and read back to measure a disk, and as many past the page cache
+MORE = 1 << 29  # bytes that are written at most to see how far the memory reaches that the system has at hand
 PIECE = 1 << 21
+PIECES = 4  # in turn, as a worker has inputs and a result: one alone would stay in the processor's caches
+HOST = 2.0  # times as long a write takes, at least, whose pages come from the host of a virtual machine
+FEWEST = 8  # pieces one after another that show it: a single one may have waited for something else
 MOST_CROWDED = 3.0  # times as long; beyond that something else disturbed the measurement
 LONGEST = 0.4  # seconds for writing, and for reading
 FETCH, COPY_IN, COPY_AGAIN, COPY_OUT = 0.6e-9, 0.25e-9, 0.13e-9, 0.25e-9  # seconds of processor time a byte: from the
@@ -45,6 +50,10 @@ class Cluster:
         fetch, copy_in, copy_again, copy_out: seconds of processor time for a byte that the disk gives, for one that the
             page cache has, for one that was read just now, and for one that is written.
         crowding: how many times as long those bytes take while each core moves some.
+        at_hand: bytes that the page cache takes of memory that the system has.
+        from_host: seconds more for a byte beyond them, where a virtual machine gets its memory from its host: when it
+            uses it for the first time, or when it had given it back.
+        past_cache: what writing past the page cache takes, where that is possible.
         write_wait: seconds that a worker waits for a byte that it writes.
         buffered: bytes of output that the page cache takes before writing waits for the disk.
         free_memory: bytes that the page cache may take.
@@ -62,17 +71,52 @@ class Cluster:
     copy_again: float = COPY_AGAIN
     copy_out: float = COPY_OUT
     crowding: float = 1.0
+    at_hand: float = math.inf
+    from_host: float = 0.0
+    past_cache: Way | None = None
     write_wait: float = 0.0
     buffered: float = 0.0
     free_memory: float = 0.0
     is_measured: bool = False
 
-    def crowded(self, workers: int) -> Cluster:
-        """Return it as some workers of each node find it, who share its memory: alone it is as it was measured."""
-        if min(workers, self.cores) < 2:
-            return replace(self, crowding=1.0)
-        ways = {name: getattr(self, name) * self.crowding for name in ("fetch", "copy_in", "copy_again", "copy_out")}
-        return replace(self, **ways)
+    def met_by(self, workers: int, nbytes: int) -> Cluster:
+        """Return it as a run finds it whose workers on each node write so many bytes.
+
+        They share its memory: one alone moves bytes as it was measured. They write as ``FileWriter`` chooses, and pages
+        of the cache beyond those at hand may cost more than writing past it.
+        """
+        weight = waiting_weight(workers, self.cores)
+        here = replace(self, crowding=self.crowding if min(workers, self.cores) > 1 else 1.0)
+        ways = [Way(self.copy_out, self.write_wait), Way(self.copy_out + self.from_host, self.write_wait)]
+        chosen = [min(way, self.past_cache or way, key=lambda way: way.cost(weight)) for way in ways]
+        near = min(1.0, self.at_hand / nbytes) if nbytes else 1.0
+        shares = near, 1 - near
+        in_cache = sum(share for share, way in zip(shares, chosen, strict=True) if way is not self.past_cache)
+        return replace(
+            here,
+            fetch=self.fetch * here.crowding,
+            copy_in=self.copy_in * here.crowding,
+            copy_again=self.copy_again * here.crowding,
+            copy_out=(near * chosen[0].working + (1 - near) * chosen[1].working) * here.crowding,
+            write_wait=near * chosen[0].waiting + (1 - near) * chosen[1].waiting,
+            buffered=min(self.buffered, in_cache * nbytes),
+        )
+
+
+class Way(NamedTuple):
+    """A way to write or read: seconds a byte of work and of waiting."""
+
+    working: float
+    waiting: float
+
+    @property
+    def elapsed(self) -> float:
+        """Both."""
+        return self.working + self.waiting
+
+    def cost(self, waiting_weight: float) -> float:
+        """Return what a byte costs, where a second of waiting weighs as much."""
+        return self.working + waiting_weight * self.waiting
 
 
 def this_cluster(output: Path, workers: int | None = None) -> Cluster:
@@ -98,35 +142,70 @@ def _measured(cores: int, workers: int, scratch: IO[bytes]) -> Cluster:
     What was written through the cache is read from there, the rest from the disk, as runs read it. Of writes the median
     counts: a piece that had to wait for something else tells nothing. Of reads the mean: the system reads ahead.
     """
-    piece = memoryview(mmap.mmap(-1, PIECE))
-    piece[:] = os.urandom(1 << 12) * (PIECE >> 12)
+    pieces = [memoryview(mmap.mmap(-1, PIECE)) for _ in range(PIECES)]
+    for piece in pieces:
+        piece[:] = os.urandom(1 << 12) * (PIECE >> 12)
     through = scratch.fileno()
     reserve(through, 2 * SCRATCH)
     past = _opened_directly(through)
     try:
-        to_cache, to_disk = _timed(os.pwrite, piece, median, through, past)
+        to_cache, to_disk = _timed(os.pwrite, pieces, through, past)
     finally:
         if past is not None:
             os.close(past)
-    from_cache, from_disk = _timed(os.preadv, [piece], fmean, through, None if to_disk is None else through)
-    crowding = _crowding(through, min(workers, cores), from_cache.working)
-    here = Cluster(cores, copy_again=from_cache.working, copy_out=to_cache.working, crowding=crowding, is_measured=True)
-    if to_disk is None or from_disk is None:
+    at_hand, from_host = memory_at_hand(_written_further(to_cache, through, pieces))
+    way = _typical(median, to_cache[: max(1, int(min(at_hand, SCRATCH)) // PIECE)])
+    from_cache, from_disk = _timed(os.preadv, [[piece] for piece in pieces], through, through if to_disk else None)
+    copying = _typical(fmean, from_cache).working
+    crowding = _crowding(through, min(workers, cores), copying)
+    here = Cluster(
+        cores, copy_again=copying, copy_out=way.working, crowding=crowding, at_hand=at_hand, from_host=from_host,
+        is_measured=True,
+    )  # fmt: skip
+    if not to_disk or not from_disk:
         return here
-    weight = waiting_weight(workers, cores)
-    direct = to_disk.cost(weight) < to_cache.cost(weight)  # as ``FileWriter`` chooses
-    way = to_disk if direct else to_cache
+    past_cache, reading = _typical(median, to_disk), _typical(fmean, from_disk)
     free_memory = _free_memory()
     return replace(
         here,
-        read=1 / from_disk.elapsed,
-        write=1 / to_disk.elapsed,
-        fetch=from_disk.working,
-        copy_out=way.working,
+        read=1 / reading.elapsed,
+        write=1 / past_cache.elapsed,
+        fetch=reading.working,
+        past_cache=past_cache,
         write_wait=way.waiting,
-        buffered=0.0 if direct else DIRTY_SHARE * free_memory,
+        buffered=DIRTY_SHARE * free_memory,
         free_memory=free_memory,
     )
+
+
+def _written_further(written: Sequence[Way], descriptor: int, pieces: Sequence[memoryview]) -> list[float]:
+    """Write more pieces through the page cache, where there is room; return the seconds a byte of all, in their order.
+
+    They go on behind what was written, and end where there are enough of them or it takes too long.
+    """
+    times = [way.working for way in written]
+    until = time.perf_counter() + LONGEST / 2
+    with suppress(OSError):
+        reserve(descriptor, 2 * SCRATCH + MORE)
+        for number in range(MORE // PIECE):
+            started = time.thread_time()
+            moved = os.pwrite(descriptor, pieces[number % PIECES], 2 * SCRATCH + number * PIECE)
+            times.append((time.thread_time() - started) / max(1, moved))
+            if time.perf_counter() > until:
+                break
+    return times
+
+
+def memory_at_hand(times: Sequence[float]) -> tuple[float, float]:
+    """Return how many bytes of memory a system has at hand, and the seconds more that a byte beyond them takes.
+
+    ``times`` are the seconds a byte of pieces written one after another, each to new pages. Where they fall into a
+    quick part and one much slower behind it is seen by the step that leaves the least squares.
+    """
+    splits = range(1, len(times) - FEWEST + 1)
+    means = [(at, fmean(times[:at]), fmean(times[at:])) for at in splits]
+    at, before, behind = max(means, key=lambda m: m[0] * m[1] ** 2 + (len(times) - m[0]) * m[2] ** 2, default=(0, 0, 0))
+    return (float(at * PIECE), behind - before) if behind > HOST * before else (math.inf, 0.0)
 
 
 def _crowding(descriptor: int, readers: int, alone: float) -> float:
@@ -156,48 +235,37 @@ def _crowding(descriptor: int, readers: int, alone: float) -> float:
     return min(MOST_CROWDED, max(1.0, sum(seconds) / sum(moved) / alone))
 
 
-class _Way(NamedTuple):
-    """A way to write or read: seconds a byte of work and of waiting."""
-
-    working: float
-    waiting: float
-
-    @property
-    def elapsed(self) -> float:
-        return self.working + self.waiting
-
-    def cost(self, waiting_weight: float) -> float:
-        return self.working + waiting_weight * self.waiting
-
-
 def _timed(
-    move: Callable[..., int], piece: Any, typical: Callable[[Iterable[float]], float], first: int, second: int | None
-) -> tuple[_Way, _Way | None]:
+    move: Callable[..., int], pieces: Sequence[Any], first: int, second: int | None
+) -> tuple[list[Way], list[Way]]:
     """Time moves of pieces, in turns in the first half of a file and in the second, each by its descriptor.
 
     They end where there are enough of them, or it takes too long. There is no second way without a descriptor, or where
     the system can't do it.
     """
     halves = [(first, 0)] if second is None else [(first, 0), (second, SCRATCH)]
-    ways: list[list[_Way]] = [[] for _ in halves]
+    ways: tuple[list[Way], list[Way]] = [], []
     until = time.perf_counter() + LONGEST
-    for place in range(0, SCRATCH, PIECE):
-        for way, (descriptor, begin) in zip(ways, halves, strict=True):
+    for number, place in enumerate(range(0, SCRATCH, PIECE)):
+        for way, (descriptor, begin) in zip(ways, halves, strict=False):
             started, worked = time.perf_counter(), time.thread_time()
             try:
-                moved = move(descriptor, piece, begin + place)
+                moved = move(descriptor, pieces[number % PIECES], begin + place)
             except OSError:
                 if begin == 0:
                     raise
-                return _timed(move, piece, typical, first, None)
+                return _timed(move, pieces, first, None)
             working = time.thread_time() - worked
             waiting = max(0.0, time.perf_counter() - started - working)
             if moved:
-                way.append(_Way(working / moved, waiting / moved))
+                way.append(Way(working / moved, waiting / moved))
         if time.perf_counter() > until:
             break
-    found = [_Way(*map(typical, zip(*way, strict=True))) for way in ways]
-    return found[0], found[1] if len(found) > 1 else None
+    return ways
+
+
+def _typical(typical: Callable[[Iterable[float]], float], ways: Sequence[Way]) -> Way:
+    return Way(*map(typical, zip(*ways, strict=True)))
 
 
 def _opened_directly(descriptor: int) -> int | None:
@@ -231,7 +299,7 @@ def cached(files: Iterable[tuple[Path, int]], known: Callable[[Path], bool] = la
     """
     there = total = 0.0
     moved, working = 0, 0.0
-    piece = memoryview(mmap.mmap(-1, PIECE))
+    pieces = cycle([memoryview(mmap.mmap(-1, PIECE)) for _ in range(PIECES)])
     for path, size in files:
         total += size
         if known(path):
@@ -243,7 +311,7 @@ def cached(files: Iterable[tuple[Path, int]], known: Callable[[Path], bool] = la
                 places = range(0, size, max(1, size // LOOKS))
                 for place in places:
                     started = time.thread_time()
-                    some = _from_cache(descriptor, piece[: PIECE if moved < COPIED else 1], place)
+                    some = _from_cache(descriptor, next(pieces)[: PIECE if moved < COPIED else 1], place)
                     if some > 1:
                         moved, working = moved + some, working + time.thread_time() - started
                     there += size * (some > 0) / len(places)

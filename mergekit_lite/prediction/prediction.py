@@ -27,18 +27,13 @@ from typing import Any, NamedTuple
 from mergekit_lite import block_fp8
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.engine.tensor_merge import LARGE
-from mergekit_lite.engine.tiling import SPAN
+from mergekit_lite.engine.tiling import SPAN, joined_elements
 from mergekit_lite.methods.tensor_merge import SECTION
 from mergekit_lite.planning import Plan
 from mergekit_lite.prediction.cluster import OVER_NET, Cached, Cluster, cached
 from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
+from mergekit_lite.prediction.steps import AFTER, BEFORE, BY_WORKER, ENDING, MEANWHILE, RECEIVED, SENT, Steps
 
-# What a run does besides arithmetic on weights, in steps of a loop in Python that take as long; measured. For a tensor:
-BEFORE = 2_500  # by the command, before there are workers: what to do
-MEANWHILE = 2_500  # by the command, while they work: tasks, journal
-BY_WORKER, SENT = 3_000, 1_600  # by a worker: its task; and where it is a process of its own, what it is sent and sends
-AFTER = 5_000  # by the command: report, index, manifest
-ENDING = 3_500_000  # for all: workers begin and end; config, card, the renames; the process goes
 IDLE = 1.25  # times as long as a node's busiest part has work: then workers without a file make the difference
 FITS = 0.8  # of the free memory: models that are not larger stay in the page cache once they were read
 
@@ -178,20 +173,22 @@ def predict(
     started = time.process_time() if started is None else started
     workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
     costs = costs or measured_costs(plan)
-    cluster = cluster.crowded(workers)
+    cluster = cluster.met_by(workers, plan.bytes_to_write)
     tensors = len(plan.jobs)
-    work = _Work(plan, cluster, before, costs.step * (BY_WORKER + SENT * (workers > 1)))
+    apart = workers > 1  # processes of their own
+    work = _Work(plan, cluster, before, costs.step, BY_WORKER.plus(SENT) if apart else BY_WORKER)
     for (kind, job), count in _alike(plan, costs.kinds, by_file=work.by_file).items():
         work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
     statistics = pace.phase(work.early)
-    meanwhile = costs.step * MEANWHILE * tensors
+    command = MEANWHILE.plus(RECEIVED) if apart else MEANWHILE
+    meanwhile = costs.step * (command.tensor * tensors + command.task * work.tasks)
     merging = pace.phase(work.late, meanwhile, by_file=work.by_file)
     load = work.load
     busiest = max(statistics.share, merging.share) if work.early else merging.share
     disk, net = pace.disk(load.times(busiest)), pace.net(load.times(busiest))
-    start = started + costs.importing + costs.step * BEFORE * tensors
-    finish = costs.step * (ENDING + AFTER * tensors)
+    start = started + costs.importing + costs.step * BEFORE.tensor * tensors
+    finish = costs.step * (ENDING + AFTER.tensor * tensors)
     return Prediction(
         cluster,
         workers,
@@ -243,13 +240,16 @@ class _Work:
 
     Attributes:
         early: tasks with how many there are of each: sections of statistics that come first.
+        tasks: how many of them are handed out.
         read_again: bytes that are read once more for statistics.
         by_file: whether a worker makes a whole file.
     """
 
-    def __init__(self, plan: Plan, cluster: Cluster, before: Collection[Path], per_job: float) -> None:
+    def __init__(self, plan: Plan, cluster: Cluster, before: Collection[Path], step: float, by_worker: Steps) -> None:
         self.cluster = cluster
-        self._per_job = per_job  # seconds of a worker
+        self._per_tensor, self._per_task = step * by_worker.tensor, step * by_worker.task  # seconds of a worker
+        self._joined = joined_elements(sum([job.numel for job in plan.jobs]))
+        self.tasks = 0.0
         self.early: list[tuple[Load, int]] = []
         self._spans: list[tuple[Load, int]] = []
         self._files: dict[int, Load] = {}
@@ -290,9 +290,9 @@ class _Work:
             fetched = min(again, first_read) if self.stays else again * self.uncached
             gathering = Load(point.statistics + self._copying(again, fetched), fetched)
             sections = -(-job.numel // SECTION)
-            self.early.append((self._sent(gathering, again).times(1 / sections), sections * count))
+            self._add(self.early, self._sent(gathering, again), sections, job, count)
             first_read = first_read - fetched if self.stays else first_read
-        seconds = point.merging + (0.0 if apart else point.statistics) + self._per_job
+        seconds = point.merging + (0.0 if apart else point.statistics) + self._per_tensor
         again = 0.0 if apart else again
         seconds += (
             self._copying(job.read, first_read) + again * self.cluster.copy_again + job.written * self.cluster.copy_out
@@ -302,7 +302,14 @@ class _Work:
             self._files[job.file] = self._files.get(job.file, Load()).plus(load, count)
             return
         spans = 1 if job.codes or (cost.has_statistics and not apart) else max(1, -(-job.numel // SPAN))
-        self._spans.append((load.times(1 / spans), spans * count))
+        self._add(self._spans, load, spans, job, count)
+
+    def _add(self, phase: list[tuple[Load, int]], load: Load, parts: int, job: _Alike, count: int) -> None:
+        """Add the tasks of jobs that are alike to a phase; those of small jobs are joined."""
+        tasks = parts * min(1.0, job.numel / max(1, self._joined))
+        self.tasks += tasks * count
+        load = load.plus(Load(self._per_task), tasks)
+        phase.append((load.times(1 / parts), parts * count))
 
     def _copying(self, nbytes: float, fetched: float) -> float:
         """Return the seconds of processor time to read some bytes, of which those fetched are not in the page cache."""
