@@ -1,6 +1,6 @@
 """The prediction of ``plan --nodes`` beside runs on a Ray cluster, whose nodes have one core of this machine each.
 
-    python -m benchmarks.nodes [--size 5e8] [--runs 3] [--nodes 1,2] [--only extrapolate,ties] [--quick]
+    python -m benchmarks.nodes [--size 5e8] [--runs 3] [--nodes 2] [--only extrapolate,ties] [--quick]
 
 This machine's disk is the file system that they share. What it gives to as many processes at once is measured before
 each run, read from the disk and written as the nodes write, and told to ``plan`` as ``--disk``. Starting Ray is not
@@ -55,7 +55,7 @@ class Pair:
 @click.command()
 @click.option("--size", "parameters", type=click.FloatRange(4e7), default=5e8, show_default=True, help="Parameters.")
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are told.")
-@click.option("--nodes", "counts", default="1,2", show_default=True, help="Numbers of nodes.")
+@click.option("--nodes", "counts", default="2", show_default=True, help="Numbers of nodes, from 2 on.")
 @click.option("--only", default="extrapolate,ties,breadcrumbs", show_default=True, help="Labels of ``prediction``'s.")
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), default=Path(__file__).parent / "out")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints for the next time.")

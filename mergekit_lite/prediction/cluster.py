@@ -202,10 +202,17 @@ def memory_at_hand(times: Sequence[float]) -> tuple[float, float]:
     ``times`` are the seconds a byte of pieces written one after another, each to new pages. Where they fall into a
     quick part and one much slower behind it is seen by the step that leaves the least squares.
     """
-    splits = range(1, len(times) - FEWEST + 1)
-    means = [(at, fmean(times[:at]), fmean(times[at:])) for at in splits]
-    at, before, behind = max(means, key=lambda m: m[0] * m[1] ** 2 + (len(times) - m[0]) * m[2] ** 2, default=(0, 0, 0))
-    return (float(at * PIECE), behind - before) if behind > HOST * before else (math.inf, 0.0)
+    if len(times) <= FEWEST:
+        return math.inf, 0.0
+
+    def explained(at: int) -> float:
+        return at * fmean(times[:at]) ** 2 + (len(times) - at) * fmean(times[at:]) ** 2
+
+    at = max(range(1, len(times) - FEWEST + 1), key=explained)
+    before, behind = times[:at], times[at:]
+    if median(behind) <= HOST * median(before):  # one piece that waited for something else makes no step
+        return math.inf, 0.0
+    return float(at * PIECE), fmean(behind) - fmean(before)
 
 
 def _crowding(descriptor: int, readers: int, alone: float) -> float:

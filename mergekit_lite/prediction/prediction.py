@@ -32,7 +32,7 @@ from mergekit_lite.methods.tensor_merge import SECTION
 from mergekit_lite.planning import Plan
 from mergekit_lite.prediction.cluster import OVER_NET, Cached, Cluster, cached
 from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
-from mergekit_lite.prediction.steps import AFTER, BEFORE, BY_WORKER, ENDING, MEANWHILE, RECEIVED, SENT, Steps
+from mergekit_lite.prediction.steps import AFTER, BEFORE, BY_RAY, BY_WORKER, ENDING, MEANWHILE, RECEIVED, SENT, Steps
 
 IDLE = 1.25  # times as long as a node's busiest part has work: then workers without a file make the difference
 FITS = 0.8  # of the free memory: models that are not larger stay in the page cache once they were read
@@ -175,8 +175,9 @@ def predict(
     costs = costs or measured_costs(plan)
     cluster = cluster.met_by(workers, plan.bytes_to_write)
     tensors = len(plan.jobs)
-    apart = workers > 1  # processes of their own
-    work = _Work(plan, cluster, before, costs.step, BY_WORKER.plus(SENT) if apart else BY_WORKER)
+    apart = workers > 1 or cluster.nodes > 1  # processes of their own
+    sent = BY_RAY if cluster.nodes > 1 else SENT if apart else Steps()
+    work = _Work(plan, cluster, before, costs.step, BY_WORKER.plus(sent))
     for (kind, job), count in _alike(plan, costs.kinds, by_file=work.by_file).items():
         work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
