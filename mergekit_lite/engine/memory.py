@@ -25,6 +25,7 @@ NUMBER = re.compile(r"\d+")
 PYTHON, WITH_TORCH = 34_000_000, 260_000_000  # measured on Linux
 NUMPY = 11_000_000  # measured: it is imported for statistics, by torch too
 COUNTING = 5_000_000  # of each model, for each worker: bit patterns counted to find a threshold; measured
+BY_TORCH, COUNTED_BY_TORCH = 15_000_000, 30_000_000  # for each worker: what torch keeps and copies, and where it counts
 WITH_CUDA = 900_000_000  # not measured: torch's CUDA build, and a context, of which the host keeps a part
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
 UPLOADING = IN_FLIGHT + 40_000_000  # parts under way, and the client of the store
@@ -51,10 +52,13 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
     factors = REMEMBERED_FACTORS if folds else 0
     buffers += FOLDING if folds else 0
     buffers += PER_READER if fetches(plan) else 0
-    runtime = WITH_CUDA if not on_cpu else WITH_TORCH if _needs_torch(plan) else PYTHON
+    by_torch = on_cpu and _needs_torch(plan)
+    runtime = WITH_CUDA if not on_cpu else WITH_TORCH if by_torch else PYTHON
     statistics = {type(request.of) for request in _requests(plan)}
     runtime += NUMPY if statistics and runtime == PYTHON else 0
-    buffers += COUNTING * plan.most_inputs if op.CountUpperBits in statistics and on_cpu else 0
+    counts = op.CountUpperBits in statistics and on_cpu
+    buffers += COUNTING * plan.most_inputs if counts else 0
+    buffers += by_torch * (BY_TORCH + COUNTED_BY_TORCH * counts)
     buffers += DOUBLE * most_held(plan) if on_cpu else 0
     runtime += UPLOADING if any(isinstance(output, Place) for output in plan.outputs) else 0
     return runtime + factors + workers * buffers + PER_TENSOR * len(plan.jobs)
