@@ -26,6 +26,7 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.commands import main
 from mergekit_lite.commands.prediction import predicted
+from mergekit_lite.engine.tiling import SPAN
 from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout, shard_names
 from mergekit_lite.methods import METHODS
 from mergekit_lite.object_stores import Place
@@ -33,6 +34,7 @@ from mergekit_lite.prediction import Cluster, measured_costs, predict, predict_i
 from mergekit_lite.prediction.cluster import COPY_OUT, FETCH, MOST_CROWDED, PIECE, Way, cached, memory_at_hand
 from mergekit_lite.prediction.costs import Costs
 from mergekit_lite.prediction.prediction import busiest_share
+from mergekit_lite.prediction.steps import BY_RAY, SENT
 from tests.models import state, tuned, write_folder
 from tests.statistics_files import write_those_of
 from tests.test_memory import children, held
@@ -213,6 +215,17 @@ def test_beyond_the_memory_at_hand_the_cheaper_way_to_write_counts(waiting: floa
     assert many.buffered == pytest.approx(1e8 if directly else 1e9)
     plain = replace(here, past_cache=None, from_host=0.0).met_by(1, 10**10)
     assert (plain.copy_out, plain.write_wait) == (pytest.approx(0.3e-9), 0)
+
+
+def test_what_brings_tasks_to_workers_takes_time(large: tuple[Plan, Costs]) -> None:
+    """For threads nothing does, processes are sent them, and Ray brings them from machine to machine."""
+    plan, costs = large
+    alone, apart, by_ray = (
+        predict(plan, Cluster(1, nodes), workers, 1.0, costs).processor for nodes, workers in ((1, 1), (1, 2), (2, 1))
+    )
+    assert alone < apart < by_ray
+    tasks = sum(-(-job.numel // SPAN) for job in plan.jobs if job.numel > SPAN)
+    assert by_ray - apart >= 0.99 * costs.step * tasks * (BY_RAY.task - SENT.task)
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -402,11 +415,14 @@ def test_wrong_machines_are_wrong_usage(tmp_path: Path, wrong: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["expo", "ties", "karcher"])
-def test_no_run_holds_more_memory_than_predicted(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("expo", "bfloat16"), ("ties", "bfloat16"), ("karcher", "bfloat16"), ("ties", "float32")]
+)
+def test_no_run_holds_more_memory_than_predicted(tmp_path: Path, method: str, dtype: str) -> None:
     shapes = [(f"model.layers.{n}.mlp.up_proj.weight", (4096, 4096)) for n in range(8)]
+    shapes += [(f"model.layers.{n}.norm.weight", (4096,)) for n in range(2000)]
     for name in ("base", "a", "b"):
-        write_holes(tmp_path / name, [*shapes, *((f"model.layers.{n}.norm.weight", (4096,)) for n in range(2000))])
+        write_holes(tmp_path / name, shapes, dtype)
     path = recipe(tmp_path, method)
     told = predict(plan_merge(path, tmp_path / "merged"), Cluster(2), 3)
     command = [sys.executable, "-m", "mergekit_lite", "merge", str(path), "-o", str(tmp_path / "out"), "-q"]

@@ -250,14 +250,16 @@ class Schedule:
     ) -> list[tuple[int, Record]]:
         """Make what is missing of some spans, and return what to journal, by output."""
         records: list[tuple[int, Record]] = []
-        merges: dict[int, dict[int, JobMerge]] = {}  # by job and by output: once for all spans of a tensor
+        of_job: dict[int, JobMerge] = {}  # by output: once for all spans of a tensor, which follow each other
+        last: int | None = None
         for span in task:
+            if span.index != last:
+                of_job, last = {}, span.index  # the sums of those before take megabytes each
             missing = {
                 output: workspace
                 for output, workspace in sinks.items()
                 if not self.writer.is_made(buffers, workspace, span)
             }
-            of_job = merges.setdefault(span.index, {})
             for output in missing if span.merged else ():
                 if output not in of_job:
                     merge = self._merge(span, output)

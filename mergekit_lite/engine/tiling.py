@@ -75,7 +75,7 @@ def bounds(numel: int, merged: int, dtype: str) -> Iterator[tuple[int, int]]:
 
 
 def joined_elements(extent: int) -> int:
-    """Return how many elements spans of small tensors are joined to, in a plan of ``extent`` elements."""
+    """Return the elements that spans of small tensors are joined to, in a plan of ``extent`` elements."""
     return min(TASK, extent // TASKS)
 
 

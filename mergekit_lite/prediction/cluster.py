@@ -80,7 +80,7 @@ class Cluster:
     is_measured: bool = False
 
     def met_by(self, workers: int, nbytes: int) -> Cluster:
-        """Return it as a run finds it whose workers on each node write so many bytes.
+        """Return it as a run finds it whose workers on each node write ``nbytes``.
 
         They share its memory: one alone moves bytes as it was measured. They write as ``FileWriter`` chooses, and pages
         of the cache beyond those at hand may cost more than writing past it.
