@@ -24,7 +24,7 @@ import mergekit_lite
 from mergekit_lite import store_process
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.checkpoint.stores import cache, mirror, ranges, read_ahead
+from mergekit_lite.checkpoint.stores import addresses, cache, mirror, ranges, read_ahead
 from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader
 from mergekit_lite.commands import main
@@ -87,6 +87,7 @@ def served(
         for name, value in store.at(url).environment.items():
             patch.setenv(name, value)
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("stand-ins")))
+        patch.setattr(addresses, "_known", {})  # the same URL was another server's
         store_process.end()
         yield store, faults
         store_process.end()
