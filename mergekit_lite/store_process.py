@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import IO, Any, cast
+from urllib.parse import quote
 
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
 from mergekit_lite.locks import ThreadLock
@@ -147,13 +148,16 @@ def head(url: str) -> tuple[int, str]:
 
 
 def sign(url: str) -> str | None:
-    """Return a URL at which the object can be read for an hour; None where these credentials can't make one.
+    """Return a URL at which the object can be read for an hour; None where there can't be one.
 
-    An object that everybody may read has one without a signature.
+    An object that everybody may read has one without a signature. Of Azure and Google obstore signs a name as it is,
+    not as a URL holds it: that is refused or, where ``a%20b`` becomes "a b", is another object's URL.
     """
     import obstore
 
     place = place_at(url)
+    if place.scheme != "s3" and quote(place.key) != place.key:
+        return None
     if is_on(os.environ.get(f"{PREFIXES[place.scheme]}_SKIP_SIGNATURE", "")):
         return unsigned(place) if place.scheme == "s3" else None
     try:  # hardly repeated: some credentials can sign only by a service, which may be out of reach

@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mergekit_lite.engine.ray_cluster import GAVE_UP, TRIES
+
 ROOT = Path(__file__).parents[1]
 STORE = 80 << 20  # bytes of each node's object store
-TRIES = 3
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -118,7 +119,7 @@ def patiently(start: Callable[[], Any]) -> Any:
         try:
             return start()
         except Exception as error:
-            if not further or "timed out" not in str(error):
+            if not further or GAVE_UP not in str(error).lower():
                 raise
     return None
 

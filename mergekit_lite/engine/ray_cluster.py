@@ -35,7 +35,7 @@ OBJECT_STORE = 128 << 20  # bytes; what workers do is kept there, no weights
 LATE = 100  # tenths of a second that they may take
 OWN, DRAWN = "mergekit-lite-ray-", 8  # what the names of folders begin with, and characters that follow
 LONGEST_FOLDER = 41  # bytes; sockets lie up to 64 deeper, and systems take paths of 103 (macOS) or 107
-TRIES, GAVE_UP = 3, "timed out during startup"  # Ray waits 30 s for itself, which is too short on a busy machine
+TRIES, GAVE_UP = 3, "timed out"  # Ray waits 30 s for each of its processes, which is too short on a busy machine
 QUIET = {  # settings of Ray by environment variables: no usage statistics are sent, no tips given
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -143,7 +143,7 @@ def _start(ray: Any, address: str, local: int, empty: str) -> None:
                     ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
                 break
             except Exception as error:
-                if not (local and further and GAVE_UP in str(error)):
+                if not (local and further and GAVE_UP in str(error).lower()):
                     raise
                 _stop(ray)
     except (ConnectionError, ValueError) as error:

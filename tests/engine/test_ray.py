@@ -27,9 +27,10 @@ from mergekit_lite import merge
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.commands import main
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
-from mergekit_lite.engine.ray_cluster import _short_folder
+from mergekit_lite.engine.ray_cluster import TRIES, _short_folder, _start
 from mergekit_lite.engine.ray_workers import LOOK_AROUND
 from mergekit_lite.engine.tensor_merge import JobMerge
+from mergekit_lite.errors import RunError
 from mergekit_lite.merging import plan_merge
 from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.tensor_merge import joined
@@ -197,6 +198,44 @@ def test_everything_travels(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert weights(tmp_path / "ray") == weights(tmp_path / "plain")
     assert (tmp_path / "ray.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+class Failing:
+    """Ray, as far as it is started, on a machine too busy for it."""
+
+    def __init__(self, told: str, tries: int) -> None:
+        self.error, self.left, self.stopped = RuntimeError(told), tries, 0
+
+    def init(self, **_: object) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            raise self.error
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def shutdown(self) -> None:
+        self.stopped += 1
+
+
+@pytest.mark.parametrize(
+    "told",
+    (
+        "The current node timed out during startup. This could happen",
+        "Timed out waiting for file /tmp/m/gcs_server_port_1",
+    ),
+)
+def test_a_start_that_ray_gives_up(tmp_path: Path, told: str) -> None:
+    """It is tried again, whichever of its processes Ray waited for; what is no wait fails at once."""
+    ray = Failing(told, TRIES - 1)
+    _start(ray, "local:2", 2, str(tmp_path))
+    assert (ray.left, ray.stopped) == (-1, TRIES - 1)
+    with pytest.raises(RunError, match=re.escape(f"Ray can't be started: {told}")):
+        _start(Failing(told, TRIES), "local:2", 2, str(tmp_path))
+    ray = Failing("no room", TRIES)
+    with pytest.raises(RunError, match="no room"):
+        _start(ray, "local:2", 2, str(tmp_path))
+    assert (ray.left, ray.stopped) == (TRIES - 1, 0)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import mergekit_lite
 from mergekit_lite import store_process
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.checkpoint.stores import cache, mirror, ranges, read_ahead
+from mergekit_lite.checkpoint.stores import addresses, cache, mirror, ranges, read_ahead
 from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader
 from mergekit_lite.commands import main
@@ -86,6 +87,7 @@ def served(
         for name, value in store.at(url).environment.items():
             patch.setenv(name, value)
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("stand-ins")))
+        patch.setattr(addresses, "_known", {})  # the same URL was another server's
         store_process.end()
         yield store, faults
         store_process.end()
@@ -263,11 +265,9 @@ def test_additions_and_torch_files(models: Path, store: Store, failing: Faults) 
 ODD = ("what?.jinja", "a#b.jinja", "50%.jinja", "a%20b.jinja", "a b.jinja", "\u00fc&.jinja")
 
 
-def test_names_that_a_url_would_hold_otherwise(
-    models: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_a_url_would_hold_otherwise(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files with such names are read as others, from stores and web servers, and kept in full."""
-    local = models / "bucket" / "odd"
+    local = tmp_path / "bucket" / "odd"
     write_folder(local, state(0))
     (local / "additional_chat_templates").mkdir()
     for name in ODD:
@@ -275,7 +275,7 @@ def test_names_that_a_url_would_hold_otherwise(
     (local / "model.safetensors").rename(local / "50% #1.safetensors")
     store.put_folder("odd/", local)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with serving("http", models) as port:
+    with serving("http", tmp_path) as port:
         for url in (store / "odd", f"http://127.0.0.1:{port}/bucket/odd"):
             stand_in, _ = mirror.stand_up(url)
             for name in ODD:
@@ -284,6 +284,21 @@ def test_names_that_a_url_would_hold_otherwise(
         assert contents(f"http://127.0.0.1:{port}/bucket/odd/50%25%20%231.safetensors") == expected
         with pytest.raises(CheckpointError, match="is not the name of a file"):
             mirror.stand_up(f"http://127.0.0.1:{port}/bucket/odd/..%2F50%25.safetensors")
+
+
+@pytest.mark.parametrize("kind", ("s3", "az"))
+def test_a_name_is_signed_where_that_is_right(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Azure, as of Google, a URL is signed for a name that stands in it as it is."""
+    for name, value in object_stores.Store(kind, "http://127.0.0.1:1", Path()).environment.items():
+        monkeypatch.setenv(name, value)
+    store_process.end()
+    for name in ("plain-1_2.json", *ODD):
+        signed = store_process.ask("sign", f"{kind}://bucket/{name}")
+        if kind != "s3" and name in ODD:
+            assert signed is None
+        else:
+            assert f"/bucket/{quote(name)}" in signed
+    store_process.end()
 
 
 def contents(reference: str) -> dict[str, bytes]:
