@@ -9,6 +9,10 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 GOES_ON = "A command that takes --resume goes on with what was finished."
+UNFINISHED = (
+    "With the recipe and options that it had --resume goes on with it, --force starts over and throws away what it made"
+)
+OF_ANOTHER_PLAN = f"holds an unfinished run of another plan (other models, options or version). {UNFINISHED}."
 SHOWN_PROBLEMS = 20
 SHOWN_CHARACTERS = 400
 

@@ -182,6 +182,22 @@ def test_an_output_is_named_after_the_aligned_model_and_alpha(pair: Path) -> Non
     assert code == 2 and "an earlier run was not finished" in err
 
 
+def test_what_a_refused_run_left_is_told_to_another_one_with_both_ways_on(pair: Path) -> None:
+    broken = state(1)
+    next(iter(broken.values())).view(-1)[0] = torch.nan
+    write_folder(pair / "dpo", broken)
+    code, _, err = invoke("extrapolate", "sft", "dpo", "-a", "0.3", "-o", "out")
+    assert code == 1 and "--resume --allow-nonfinite" in err and "Another recipe for this output needs --force" in err
+    for more, expected in (((), 2), (("--resume",), 1)):
+        code, _, err = invoke("extrapolate", "dpo", "sft", "-a", "0.3", "-o", "out", *more)
+        assert code == expected and ".out.partial" in err
+        both = (
+            "With the recipe and options that it had --resume goes on with it, --force starts over and throws away what"
+        )
+        assert both in err
+    assert invoke("extrapolate", "dpo", "sft", "-a", "0.3", "-o", "out", "--force", "--allow-nonfinite")[0] == 0
+
+
 def test_a_file_gives_a_file_of_its_kind_in_the_working_folder(pair: Path) -> None:
     (pair / "runs").mkdir()
     for suffix, source in ((".safetensors", "model.safetensors"), (".pt", None)):

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 import mergekit_lite
 from mergekit_lite import input_files
+from mergekit_lite.commands import main
 from mergekit_lite.errors import CheckpointError, PlanError
 from mergekit_lite.planning.tokenizers import template_of
 from mergekit_lite.recipe.templates import TEMPLATES
@@ -354,3 +356,19 @@ def test_numbers_that_are_wrong_together_are_told_once(place: Path) -> None:
         notes(text=text)
     [problem] = raised.value.problems
     assert "and 14 more tensors: The weights 1, -2, 1 sum to zero" in problem
+
+
+@pytest.mark.parametrize("command", [["merge", "r.yml", "out"], ["extrapolate", "b", "a", "-a", "0.5", "-o", "out"]])
+def test_the_last_line_says_that_the_output_has_no_config_and_whose_model_lacks_one(
+    place: Path, command: list[str]
+) -> None:
+    Path("r.yml").write_text(TEXT)
+    planned = ("the output has no config.json, as a has none", "transformers can't load it")
+    whole = CliRunner().invoke(main, [*command, "--dry-run"])
+    Path("a/config.json").unlink()
+    for more in (["--dry-run"], ["-q"]):
+        lacking = CliRunner().invoke(main, [*command, *more])
+        assert (lacking.exit_code, whole.exit_code) == (0, 0)
+        last = " ".join(lacking.output[lacking.output.index("the output has no") :].split())
+        assert all(part in last for part in planned) and planned[0] not in whole.output
+    assert not Path("out/config.json").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable
 from itertools import combinations
@@ -98,6 +97,7 @@ def command(
     from mergekit_lite.comparison import export, plots
     from mergekit_lite.comparison.comparison import compare
     from mergekit_lite.pages.drawing import check_drawable
+    from mergekit_lite.pages.whole_files import written_whole
 
     if plot is not None or html_path is not None:
         check_drawable(plot)
@@ -108,15 +108,15 @@ def command(
         named = models[0] if options["run"] and len(models) == 1 else models
         comparison = compare(base, named, progress=progress, processes=running.PROCESSES, ray=crew, **options)
     if csv_path is not None:
-        table = io.StringIO()
-        export.write_csv(comparison, table)
-        values.write_whole(csv_path, table.getvalue(), newline="")
+        with written_whole(csv_path) as partial, partial.open("w", encoding="utf-8", newline="") as table:
+            export.write_csv(comparison, table)
     if plot is not None:
         plots.save(comparison, plot)
     if html_path is not None:
         from mergekit_lite.comparison.html_report import page
 
-        values.write_whole(html_path, page(comparison), newline="\n")
+        with written_whole(html_path) as partial:
+            partial.write_text(page(comparison), encoding="utf-8", newline="\n")
     if as_json:
         click.echo(
             json.dumps(json_output.with_fetched(export.as_data(comparison) | json_output.of_nodes(crew)), indent=1)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from pathlib import Path
 
 from click import BadParameter, Context
-
-from mergekit_lite.errors import RunError, reason
 
 BYTES = {"": 1, "b": 1} | {
     prefix + unit: base**power
@@ -122,18 +119,6 @@ def check_folder(path: Path | None) -> None:
     """Raise BadParameter where a file can't be written because its folder doesn't exist."""
     if path is not None and not path.resolve().parent.is_dir():
         raise BadParameter(f"{path}: there is no folder {path.parent}. Make it first.")
-
-
-def write_whole(path: Path, text: str, newline: str) -> None:
-    """Write a file that appears under its name when it is complete. Raises RunError where it can't be written."""
-    partial = path.with_name(f"writing-{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8", newline=newline)
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise RunError(f"Can't write {path}: {reason(error)}.") from error
 
 
 def stream(context: Context, _option: object, given: bool) -> None:

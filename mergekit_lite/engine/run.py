@@ -214,7 +214,8 @@ def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, OutputWorkspace]) -> 
     if found:
         raise NonFiniteError(
             listing(f"NaN or infinity in {counted(len(found), 'tensor')}", sorted(found))
-            + "\nNothing was published. If that is wanted, --resume --allow-nonfinite publishes what was made."
+            + "\nNothing was published; what was made is kept. If that is wanted, --resume --allow-nonfinite publishes "
+            "it. Another recipe for this output needs --force, which throws it away."
         )
 
 

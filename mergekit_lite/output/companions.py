@@ -157,6 +157,24 @@ def what_is_missing(plan: Plan) -> str | None:
     """Return what a plan's outputs lack to be loaded, and what to do; None where nothing is known to be missing."""
     if is_single_file(plan.outputs[0]):
         return None
+    return " ".join(filter(None, (_missing_configs(plan), _missing_code(plan)))) or None
+
+
+def _missing_configs(plan: Plan) -> str | None:
+    source = plan.source
+    if source.config_made:  # of a bare GGUF the plan's notes tell
+        return None
+    folders = dict.fromkeys(part.folder for part in source.parts if part.folder not in source.configs)
+    names = ", ".join(in_folder(folder, "config.json") for folder in folders)
+    if not names:
+        return None
+    return (
+        f"the output has no {names}, as {source.reference} has none: transformers can't load it without. Copy it there "
+        "from where the model is from."
+    )
+
+
+def _missing_code(plan: Plan) -> str | None:
     present, missing = code_needed(plan)
     left = [] if plan.copy_code else list(present)
     if not left and not missing:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from mergekit_lite import positioned
-from mergekit_lite.errors import GOES_ON, RunError, listing
+from mergekit_lite.errors import GOES_ON, OF_ANOTHER_PLAN, RunError, listing
 from mergekit_lite.output.working_folder import NEW_JOURNAL, open_own
 
 LONGEST_LINE = 1 << 26  # bytes; the head of a run with a hundred thousand input files is shorter
@@ -178,8 +178,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _check_head(path: Path, first_line: object, head: dict[str, Any]) -> None:
     if not isinstance(first_line, dict) or first_line.get("plan") != head["plan"]:
-        another = "holds an unfinished run of another plan (other models, options or version)"
-        raise RunError(f"{path.parent}: {another}. --force starts over.")
+        raise RunError(f"{path.parent}: {OF_ANOTHER_PLAN}")
     then = first_line.get("sources")
     changed = [source[0] for source in head["sources"] if not isinstance(then, list) or source not in then]
     if changed:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mergekit_lite.checkpoint.folder import MAX_FILE_NAME
-from mergekit_lite.errors import CheckpointError, RunError, UsageError
+from mergekit_lite.errors import UNFINISHED, CheckpointError, RunError, UsageError
 from mergekit_lite.file_names import unfit_on_windows
 from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file
@@ -51,8 +51,8 @@ def check_target(output: Path, inputs: Sequence[Path], *, resume: bool, force: b
         what = "exists, and is not the result of this run" if resume else "exists"
         raise UsageError(f"{standing}: {what}. --force replaces it.")
     if not (force or resume) and os.path.lexists(working_folder(output)):
-        unfinished = f"{output}: an earlier run was not finished ({working_folder(output)})"
-        raise UsageError(f"{unfinished}. --resume goes on with it, --force starts over.")
+        left = f"{output}: an earlier run was not finished ({working_folder(output)})"
+        raise UsageError(f"{left}. {UNFINISHED}.")
 
 
 def _check_name(output: Path) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import xxhash
 
 from mergekit_lite.backoff import wait_after
-from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
+from mergekit_lite.errors import GOES_ON, UNFINISHED, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place, denied, is_final, no_bucket, said, store_of
 from mergekit_lite.output.upload import PATIENCE, Uploaded, tag
@@ -330,8 +330,8 @@ def check_remote_target(output: Place, inputs: Sequence[object], *, resume: bool
             raise UsageError(f"{output}: {touching}. Inputs are never touched: choose another place.")
     is_begun = bool(RemoteFolder(partial(output)).sizes())
     if is_begun and not (force or resume):
-        unfinished = f"{output}: an earlier run was not finished, or another one is under way ({partial(output)})"
-        raise UsageError(f"{unfinished}. --resume goes on with it, --force starts over.")
+        left = f"{output}: an earlier run was not finished, or another one is under way ({partial(output)})"
+        raise UsageError(f"{left}. {UNFINISHED}.")
     there = standing(output)
     if there and not force and (not is_begun or manifest_path(output).name in there):
         what = "exists, and is not the result of this run" if resume else "exists"

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from mergekit_lite.errors import RunError, listing
+from mergekit_lite.errors import OF_ANOTHER_PLAN, RunError, listing
 from mergekit_lite.layout import Layout, OutputFile, indexed_files, is_single_file
 from mergekit_lite.object_stores import Place
 from mergekit_lite.output.by_workers import Parcel, RemoteFiles, Written, around, send_around, write_skeleton
@@ -127,8 +127,7 @@ class RemoteWorkspace(OutputWorkspace):
         kept: dict[str, FinishedFile] = {}
         for name, finished in finished_files(self._beside) if resume else ():
             if finished.head.get("plan") != self._head["plan"]:
-                another = "holds an unfinished run of another plan (other models, options or version)"
-                raise RunError(f"{partial(self.place)}: {another}. --force starts over.")
+                raise RunError(f"{partial(self.place)}: {OF_ANOTHER_PLAN}")
             now = self._files.head(name) if name in there else None
             if now is not None and now[0] == finished.uploaded and now[0].size == files.get(name):
                 kept[name] = finished

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.errors import UsageError
+from mergekit_lite.pages.whole_files import written_whole
 from mergekit_lite.plain_text import plain
 
 if TYPE_CHECKING:
@@ -56,12 +57,8 @@ def save(figure: Figure, path: Path) -> None:
         RunError: it can't be written.
     """
     _make_plain(figure)
-    partial = path.with_name(f"writing-{path.name}")  # keeps the ending, which tells matplotlib the format
-    try:
+    with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-        partial.replace(path)
-    except OSError as error:
-        raise RunError(f"Can't write {path}: {error.strerror or error}.") from error
 
 
 def svg(draw: Callable[[FigureBase], None], height: float, label: str) -> str:

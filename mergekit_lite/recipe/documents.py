@@ -59,7 +59,7 @@ def documents_of(trees: Sequence[Node], source: str) -> tuple[Document, ...]:
     documents: list[Document] = []
     for name, tree in named:
         try:
-            recipe = recipe_of(tree, source)
+            recipe = recipe_of(tree, source, names)
         except RecipeError as error:
             problems += error.problems
             continue

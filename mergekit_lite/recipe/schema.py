@@ -46,7 +46,7 @@ Everything else is an error, and all errors are reported at once. What only merg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from mergekit_lite import dtypes
@@ -80,9 +80,9 @@ def parse(content: str, source: str = "The recipe") -> Recipe:
     return recipe_of(read(content, source), source)
 
 
-def recipe_of(root: Node, source: str) -> Recipe:
-    """Return the recipe in the tree of a document. Raises RecipeError as ``parse``."""
-    parser = _Parser()
+def recipe_of(root: Node, source: str, documents: Collection[str] = ()) -> Recipe:
+    """Return the recipe in the tree of a document, one of several of these names. Raises RecipeError as ``parse``."""
+    parser = _Parser(documents)
     if not isinstance(root, Fields):
         expected = f"a recipe is a mapping with merge_method and models or slices, got {describe(root)}"
         raise RecipeError(source, [Remark(root.at, expected)])

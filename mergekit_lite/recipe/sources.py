@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from mergekit_lite.errors import nearest
@@ -10,6 +10,7 @@ from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.parameters import NO_EFFECT, Parameter
 from mergekit_lite.recipe import values
 from mergekit_lite.recipe.listed_runs import checkpoints
+from mergekit_lite.recipe.places import place
 from mergekit_lite.recipe.recipe import Slice, Source
 from mergekit_lite.recipe.rules import Parameters, Rule, Rules
 from mergekit_lite.recipe.values import fields, items, layer_range, rules, text
@@ -33,6 +34,7 @@ WITHOUT_EFFECT = {  # keys that mergekit ignores
 class SourcesParser:
     """Reads what a recipe merges; what is wrong, and what has no effect, is gathered for the whole of it."""
 
+    documents: Collection[str] = ()  # the names of documents, which models may be
     problems: list[Remark] = field(default_factory=list)
     notes: list[Remark] = field(default_factory=list)
     idle: list[Remark] = field(default_factory=list)  # parameters where they have no effect
@@ -40,6 +42,7 @@ class SourcesParser:
     base: str | None = None
     refused: bool = False  # whether a parameter stands where it can't
     lists_run: bool = False  # whether checkpoints were looked for
+    named: dict[str, str] = field(default_factory=dict)  # by its place, what each model was called first
 
     def slices(self, parts: Mapping[str, Node], at: Mark, what: str = "the recipe") -> tuple[Slice, ...]:
         """Return the slices of a recipe or a module; ``models`` are one."""
@@ -72,7 +75,8 @@ class SourcesParser:
         takes_step = any("step" in METHODS[name].parameters for name in self.used if name)
         steps = [{"step": (Rule((float(step),)),)} if takes_step else {} for _, step in found]
         self.lists_run = True
-        return [Source(model, None, own | step, at=node.at) for (model, _), step in zip(found, steps, strict=True)]
+        models = [self.one_name(model) for model, _ in found]
+        return [Source(model, None, own | step, at=node.at) for model, step in zip(models, steps, strict=True)]
 
     def source(self, node: Node, what: str, known: tuple[str, ...], base: str | None) -> Source:
         """Return an entry of ``models`` or of a slice's ``sources``, which may have the known keys."""
@@ -191,7 +195,13 @@ class SourcesParser:
 
     def reference(self, parts: Mapping[str, Node], name: str) -> str | None:
         """Return a reference: empty where it is wrong, None where the key is missing."""
-        return values.reference(parts[name], name, self.problems, self.notes) if name in parts else None
+        if name not in parts:
+            return None
+        return self.one_name(values.reference(parts[name], name, self.problems, self.notes))
+
+    def one_name(self, reference: str) -> str:
+        """Return what a model was called first, so that it is one however it is written."""
+        return self.named.setdefault(place(reference, self.documents), reference)
 
     def base_model(self, parts: Mapping[str, Node]) -> str | None:
         """Return the base like other references; it can't be a task vector."""

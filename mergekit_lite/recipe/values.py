@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.methods.parameters import Parameter
+from mergekit_lite.recipe.places import place
 from mergekit_lite.recipe.recipe import (
     ALIGNMENTS,
     BASE,
@@ -364,10 +365,14 @@ def _listed_model(node: Node, name: str, models: tuple[str, ...], problems: Rema
     return written or None
 
 
-def _model_meant(written: str | None, models: tuple[str, ...]) -> str | None:
+def _model_meant(written: str, models: tuple[str, ...]) -> str:
     """Return the one of a recipe's models that is meant by a reference: the only one of it, if that is for a part."""
-    meant = [model for model in models if model.startswith(READ_AS) and model.endswith(f":{written}")]
-    return meant[0] if written not in models and len(meant) == 1 else written
+    if not written or written in models:
+        return written
+    path = place(written)
+    meant = [model for model in models if place(model) == path]
+    meant += [model for model in models if model.startswith(READ_AS) and place(model).endswith(f":{path}")]
+    return meant[0] if len(meant) == 1 else written
 
 
 def whole(node: Node, name: str, least: int, problems: Remarks) -> int | None:
@@ -383,7 +388,9 @@ def _tokenizer_source(
     node: Node | None, near: Node, name: str, models: tuple[str, ...], problems: Remarks, notes: Remarks
 ) -> str | None:
     """Return whose tokenizer is asked for; mergekit's default in a ``tokenizer`` block is ``union``."""
-    written = _model_meant(reference(node, name, problems, notes), models) if node is not None else UNION
+    written = reference(node, name, problems, notes) if node is not None else UNION
+    if written not in (BASE, UNION):
+        written = _model_meant(written, models)
     if not written or written in (BASE, UNION, *models):
         return written or None
     expected = f"{name} expects 'base', 'union' or one of the recipe's models, got {written!r}."

@@ -24,6 +24,7 @@ from functools import cached_property
 
 from mergekit_lite.mixtures.building.dense import families_named, no_such_family
 from mergekit_lite.recipe import values
+from mergekit_lite.recipe.places import place
 from mergekit_lite.recipe.rules import NOWHERE
 from mergekit_lite.recipe.values import choice, fields, items
 from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
@@ -104,6 +105,7 @@ def parse(content: str, source: str = "The recipe", *, equal_experts: bool = Fal
         _architecture(parts.get("architecture"), problems),
         values.seed(parts, problems, notes),
     )
+    recipe = _with_one_name_each(recipe)
     problems += _unsound(recipe, parts, equal_experts)
     if problems:
         raise RecipeError(source, problems)
@@ -141,6 +143,18 @@ def _architecture(node: Node | None, problems: list[Remark]) -> str | None:
 
 def _reference(parts: Mapping[str, Node], name: str, problems: list[Remark], notes: list[Remark]) -> str:
     return values.reference(parts[name], name, problems, notes) if name in parts else ""
+
+
+def _with_one_name_each(recipe: MixtureRecipe) -> MixtureRecipe:
+    """Return the recipe with each model called what it was called first, however it is written elsewhere."""
+    named: dict[str, str] = {}
+    for model in recipe.models:
+        named.setdefault(place(model), model)
+    experts, shared = (
+        tuple(replace(each, model=named[place(each.model)]) for each in listed)
+        for listed in (recipe.experts, recipe.shared)
+    )
+    return replace(recipe, experts=experts, shared=shared)
 
 
 def _prompts(node: Node | None, name: str, problems: list[Remark]) -> tuple[str, ...]:
