@@ -205,9 +205,10 @@ def test_a_chat_keeps_its_models_while_it_is_open(
         wait(lambda: chats.state().kind != "running")
         told = chat(chats)
         assert told.answered and told.held > 0, chats.state()
+        asked = [talk[:-1] for talk in told.conversations]
+        made = preview(str(root / models[0]), str(root / models[1]), asked, alphas=[0, 16], max_tokens=8)
         for number, talk in enumerate(told.conversations):
-            (made,) = preview(str(root / models[0]), str(root / models[1]), [talk[:-1]], alphas=[0, 16], max_tokens=8)
-            assert talk[-1]["content"] == made.answers[number].text
+            assert talk[-1]["content"] == made[number].answers[number].text
         return process
 
     shutil.copytree(root / "dpo", root / "changed")

@@ -234,13 +234,16 @@ def test_what_the_hub_has_not_is_told(page: Page, hub: PushHub) -> None:
     assert json.dumps(hub.asked).count("secret") == 0
 
 
-def test_a_download_and_a_push_outlive_their_server(browser: Any, root: Path, hub: PushHub) -> None:
-    """Each is halted while the hub answers; all tabs of the page show it, those of the next server too."""
+def test_a_download_and_a_push_outlive_their_server(browser: Any, server: Server, root: Path, hub: PushHub) -> None:
+    """Each is halted while the hub answers; all tabs of the page show it, those of the next server too.
+
+    The last test of this file: it kills the others' server.
+    """
     (root / "local.yml").write_text(RECIPE.replace("org/tuned", "./tuned"))
     command(root, "merge", "local.yml", "-o", "to-push")
     hub.repositories["org/late"] = Repository({"main": COMMIT}, {COMMIT: tree_bytes(root / "math")})
     hub.private["org/late"] = False
-    with serving(root) as server, at(browser, server) as page, at(browser, server) as other:
+    with at(browser, server) as page, at(browser, server) as other:
         opened(page, "Models", "hub")
         fill(page, "hub-names", "org/late")
         page.locator("button#hub-look").click()
@@ -260,7 +263,7 @@ def test_a_download_and_a_push_outlive_their_server(browser: Any, root: Path, hu
             expect(each.locator("#push-state .running")).to_have_count(1)
             expect(each.locator("#hub-state .running")).to_have_count(1)
         server.kill()
-    with serving(root) as server, at(browser, server) as page:
+    with serving(root) as following, at(browser, following) as page:
         opened(page, "Run", "push")
         expect(page.locator("#push-state .running")).to_contain_text("mergekit-lite push to-push org/kept")
         expect(page.locator("button#push-stop")).to_be_enabled()

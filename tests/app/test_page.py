@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from mergekit_lite.commands import main
 from tests.browser import chromium
 from tests.models import state, tuned, write_folder
 from tests.ports import free_port
@@ -179,7 +181,10 @@ def run(page: Page, output: str) -> None:
 
 
 def command(root: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=root, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        ended = CliRunner().invoke(main, arguments)
+    assert ended.exit_code == 0, ended.output
 
 
 def weights(folder: Path) -> dict[str, bytes]:
