@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import mergekit_lite
-from mergekit_lite.engine import schedule, tiling
+from mergekit_lite.engine import tiling
 from mergekit_lite.errors import MergekitLiteError, PlanError
 from mergekit_lite.methods import METHODS, Method
 from tests.models import State, read_folder, same_bytes, state, tree_bytes, tuned, write_folder
@@ -100,8 +100,8 @@ def test_how_the_work_is_cut_changes_no_byte(
     outputs = []
     for number, (span, task, tasks) in enumerate([(1 << 23, 1 << 20, 256), (32, 1 << 20, 1), (32, 0, 256), (8, 40, 1)]):
         monkeypatch.setattr(tiling, "SPAN", span)
-        monkeypatch.setattr(schedule, "TASK", task)
-        monkeypatch.setattr(schedule, "TASKS", tasks)
+        monkeypatch.setattr(tiling, "TASK", task)
+        monkeypatch.setattr(tiling, "TASKS", tasks)
         mergekit_lite.merge("r.yml", f"out-{number}", threads=3, processes=processes)
         outputs.append(read_folder(tmp_path / f"out-{number}"))
     for other in outputs[1:]:

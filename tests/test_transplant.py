@@ -224,7 +224,7 @@ def test_workers_have_the_shared_rows_together(
 ) -> None:
     """They are threads, for verify too, and read the rows of shared tokens once for each matrix."""
     monkeypatch.setattr("mergekit_lite.checkpoint.encodings.rebuilt.BASIS_BYTES", 8 * 5 * 12 * 7)
-    monkeypatch.setattr("mergekit_lite.engine.schedule.TASKS", 1 << 20)  # a task for each span
+    monkeypatch.setattr("mergekit_lite.engine.tiling.TASKS", 1 << 20)  # a task for each span
     read: list[str] = []
     atoms = Sharing.atoms
 
