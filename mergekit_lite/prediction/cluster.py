@@ -92,13 +92,14 @@ class Cluster:
         near = min(1.0, self.at_hand / nbytes) if nbytes else 1.0
         shares = near, 1 - near
         in_cache = sum(share for share, way in zip(shares, chosen, strict=True) if way is not self.past_cache)
+        working, waiting = (near * first + (1 - near) * further for first, further in zip(*chosen, strict=True))
         return replace(
             here,
             fetch=self.fetch * here.crowding,
             copy_in=self.copy_in * here.crowding,
             copy_again=self.copy_again * here.crowding,
-            copy_out=(near * chosen[0].working + (1 - near) * chosen[1].working) * here.crowding,
-            write_wait=near * chosen[0].waiting + (1 - near) * chosen[1].waiting,
+            copy_out=working * here.crowding,
+            write_wait=waiting,
             buffered=min(self.buffered, in_cache * nbytes),
         )
 
@@ -122,7 +123,7 @@ class Way(NamedTuple):
 def this_cluster(output: Path, workers: int | None = None) -> Cluster:
     """Return this machine: its cores, and what the disk under an output does in a fraction of a second.
 
-    How ``workers`` write, by default one more than cores, is chosen as they do.
+    Readers at once are measured as ``workers`` will be, by default one more than cores, but no more than cores.
 
     What is written for that has no name in the file system and is gone at once, also where the process is killed.
     Where nothing can be written, usual times stand for measured ones.

@@ -173,7 +173,7 @@ def predict(
     started = time.process_time() if started is None else started
     workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
     costs = costs or measured_costs(plan)
-    cluster = cluster.met_by(workers, plan.bytes_to_write)
+    cluster = cluster.met_by(workers, plan.bytes_to_write // cluster.nodes)
     tensors = len(plan.jobs)
     apart = workers > 1 or cluster.nodes > 1  # processes of their own
     sent = BY_RAY if cluster.nodes > 1 else SENT if apart else Steps()
