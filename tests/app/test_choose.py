@@ -31,7 +31,7 @@ from mergekit_lite.commands.app.runs import FOLDER, Runs
 from mergekit_lite.commands.app.searched import beside, found, in_part, names_of
 from mergekit_lite.errors import UsageError
 from mergekit_lite.plain_text import plain
-from tests.app.test_page import PROGRAM, Server, at, browser, command, serving, until_seen, wait, weights
+from tests.app.test_page import PROGRAM, Server, at, browser, command, fill_in, serving, until_seen, wait, weights
 from tests.boost.end_to_end import write_models, write_pairs, write_prompts
 from tests.boost.search.test_choice import peak
 from tests.boost.test_report import HOSTILE, Answering
@@ -286,7 +286,7 @@ def fill(page: Page, **fields: str) -> None:
     """By keyboard."""
     for name, text in fields.items():
         box = page.locator(f"#choose-{name} input, #choose-{name} textarea").first
-        box.fill(text)
+        fill_in(box, text)
         box.press("Tab")
 
 
@@ -336,14 +336,14 @@ def test_two_alphas_answer_beside_each_other(page: Page, root: Path) -> None:
     fill(page, sft="./sft", aligned="./dpo")
     page.get_by_role("button", name="Chat with two alphas").click()
     for name, number in (("first", "0"), ("second", "16"), ("most", "8")):
-        page.locator(f"#chat-{name} input").fill(number)
-    page.locator("#chat-question textarea").fill(QUESTION)
+        fill_in(page.locator(f"#chat-{name} input"), number)
+    fill_in(page.locator("#chat-question textarea"), QUESTION)
     page.locator("#chat-ask").click()
     columns = page.locator("#chat-told .done .beside > div")
     expect(columns).to_have_count(2)
     expect(columns.first.locator("pre")).to_have_text([QUESTION, answers(root, 0, 1)])
     assert page.title() == "mergekit-lite" and not page.locator("#chat-told img").count()
-    page.locator("#chat-question textarea").fill("And two?")
+    fill_in(page.locator("#chat-question textarea"), "And two?")
     page.locator("#chat-ask").click()
     expect(columns.first.locator("pre")).to_have_count(4)
     expect(columns.last.locator("pre")).to_have_count(4)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.app.test_page import Server, at, browser, command, run, serving, wait, weights, write
+from tests.app.test_page import Server, at, browser, command, fill_in, run, serving, wait, weights, write
 from tests.checkpoint.hub_server import Repository
 from tests.models import state, tree_bytes, tuned, write_folder
 from tests.remote.push_hub import TOKEN, PushHub
@@ -102,7 +102,7 @@ def body(response: Any) -> bytes:
 
 
 def fill(page: Page, name: str, text: str) -> None:
-    page.locator(f"#{name} textarea, #{name} input").fill(text)
+    fill_in(page.locator(f"#{name} textarea, #{name} input"), text)
 
 
 def opened(page: Page, tab: str, part: str) -> None:

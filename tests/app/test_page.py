@@ -30,7 +30,7 @@ if not os.environ.get("CI"):
     if find_spec("gradio") is None:  # not imported here: that takes seconds, and the servers do it
         pytest.skip("needs gradio", allow_module_level=True)
     pytest.importorskip("playwright")
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 WAIT = 120_000  # milliseconds, for a machine that is busy
 WRONG = """\
@@ -169,14 +169,23 @@ def until_seen(act: Callable[[], object], seen: Callable[[float], object]) -> No
     seen(WAIT)
 
 
+def fill_in(box: Locator, text: str) -> None:
+    until_seen(lambda: box.fill(text), lambda patience: expect(box).to_have_value(text, timeout=patience))
+
+
 def write(page: Page, text: str) -> None:
     page.get_by_role("tab", name="Recipe").click()
-    page.locator("#recipe .cm-content").fill(text)
+    editor = page.locator("#recipe .cm-content")
+    # An editor that is being drawn loses the selection, and what is written comes before what was there.
+    until_seen(
+        lambda: editor.fill(text),
+        lambda patience: expect(editor).to_have_text(text, use_inner_text=True, timeout=patience),
+    )
 
 
 def run(page: Page, output: str) -> None:
     page.get_by_role("tab", name="Run").click()
-    page.locator("#output textarea, #output input").fill(output)
+    fill_in(page.locator("#output textarea, #output input"), output)
     page.locator("#run").click()
 
 

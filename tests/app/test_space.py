@@ -33,7 +33,7 @@ from mergekit_lite.commands.app.public import (
 )  # fmt: skip
 from mergekit_lite.commands.app.runs import FOLDER, Runs
 from mergekit_lite.errors import UsageError
-from tests.app.test_page import PROGRAM, Server, at, weights, write
+from tests.app.test_page import PROGRAM, Server, at, fill_in, weights, write
 from tests.app.test_parts import answer
 from tests.browser import chromium
 from tests.checkpoint.hub_server import Hub, Repository, _Handler, running
@@ -252,7 +252,7 @@ def test_from_a_name_of_the_hub_to_a_download(hub: Hub, tmp_path: Path) -> None:
             )
             assert "predict" in made  # and nothing to push, to download into the cache, or to choose by
             assert not [each for each in made if each.startswith(("hub", "push", "choose", "chat", "stream", "resume"))]
-            page.locator("#models textarea, #models input").fill("org/base org/math")
+            fill_in(page.locator("#models textarea, #models input"), "org/base org/math")
             page.locator("#inspect").click()
             expect(page.locator("#told")).to_contain_text("mergekit-lite inspect org/math --stream")
             page.locator("#compare").click()
