@@ -44,6 +44,7 @@ class Round:
     ready: list[Worker] = field(default_factory=list)
     losses: Counter[int] = field(default_factory=Counter)
     given: dict[Any, float] = field(default_factory=dict)  # when each task under way was
+    late: set[Any] = field(default_factory=set)  # references of those that were given to another worker, too
     longest: float = 0.0  # seconds that a task took, from when it was given
     done: set[int] = field(default_factory=set)
     asked: dict[Any, Worker] = field(default_factory=dict)  # for news
@@ -56,21 +57,21 @@ class Round:
                 return task
         return None
 
-    def late(self) -> int | None:
-        """Return the task that one worker is at for longest, if that is too long: it may hang, and never die.
+    def next_late(self) -> int | None:
+        """Take the task that a worker is at for longest, if that is too long: it may hang, and never die.
 
         Before the first task is done nobody knows what is long.
         """
-        if not self.done:
-            return None
-        at = Counter(task for _, task in self.under_way.values())
-        alone = [
-            (self.given[reference], task)
-            for reference, (_, task) in self.under_way.items()
-            if task is not None and at[task] == 1 and task not in self.done
+        at = [
+            (self.given[reference], number, reference)
+            for number, (reference, (_, task)) in enumerate(self.under_way.items())
+            if task is not None and task not in self.done and reference not in self.late
         ]
-        since, task = min(alone, default=(math.inf, None))
-        return task if time.monotonic() - since > max(LATE, TIMES_LATE * self.longest) else None
+        since, _, reference = min(at, default=(math.inf, 0, None))
+        if not self.done or time.monotonic() - since <= max(LATE, TIMES_LATE * self.longest):
+            return None
+        self.late.add(reference)
+        return self.under_way[reference][1]
 
     def is_news(self, reference: Any, task: int) -> bool:
         """Note that a task is done; return whether it wasn't before."""

@@ -144,8 +144,13 @@ class Cluster:
             if left:
                 self._dismiss()
             else:  # what is still under way was done by another
-                for worker in {worker for worker, task in a_round.under_way.values() if task is not None}:
+                at_work = {
+                    reference: worker for reference, (worker, task) in a_round.under_way.items() if task is not None
+                }
+                for worker in {*at_work.values()}:
                     self._drop(a_round, worker)
+                for worker in {at_work[reference] for reference in a_round.late & at_work.keys()}:
+                    self.nodes[worker.node].lost += 1
 
     def _take_up(self, a_round: Round, worker: Worker) -> None:
         """Have a worker take part in a round, once it has looked around."""
@@ -229,7 +234,7 @@ class Cluster:
                     has[worker] += 1
                     self._give(a_round, worker, task)
         for worker in [worker for worker in a_round.ready if not has[worker]]:
-            if (task := a_round.late()) is not None:
+            if (task := a_round.next_late()) is not None:
                 self._give(a_round, worker, task)
 
     def _give(self, a_round: Round, worker: Worker, task: int) -> None:

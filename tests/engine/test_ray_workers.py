@@ -107,6 +107,8 @@ with connected("local:2") as cluster:
         assert sorted(task for task, _ in cluster.run(range(12), worker)) == list(range(12))
     stopped = int(Path(there, "stopped").read_text())
     assert stopped not in {process for _, process in cluster.run(range(12), worker)}
+    (node,) = cluster.nodes.values()
+    assert node.lost == 1  # which is told
 """
 
 
