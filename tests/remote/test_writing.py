@@ -202,7 +202,7 @@ def test_an_upload_to_a_silent_store_is_left_to_itself(
         use(store, monkeypatch)
         spool = Spool(tmp_path)
         spool.write(0, memoryview(b"of no use"))
-        sending = Upload(parse_place("s3://bucket/silent"), spool, 9, lambda uploaded: None)
+        sending = Upload(parse_place(store / "silent"), spool, 9, lambda uploaded: None)
         sending.made(Extent(0, 9))
         wait_for(lambda: any("silent" in path for _, path, _ in proxy.seen))
         upload.stop_all([sending])
