@@ -134,6 +134,7 @@ def test_interrupted(
     process = started(models, tmp_path / "out", "local:2")
     try:
         measured_by(process, tmp_path / "processes", 2)
+        wait_for(lambda: any(file.stat().st_size for file in (tmp_path / "out.boost").glob("candidates/*")))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, err = process.communicate(timeout=600)
         assert process.returncode == 1, err
