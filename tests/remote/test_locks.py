@@ -48,7 +48,7 @@ def test_a_lock_that_was_written_in_the_future(server: Store, monkeypatch: pytes
     use(server, monkeypatch)
     monkeypatch.setattr(remote_target, "RENEWED", 0.1)
     monkeypatch.setattr(remote_target, "DEAD", 0.3)
-    folder = RemoteFolder(parse_place("s3://bucket/.future.partial"))
+    folder = RemoteFolder(parse_place(server / ".future.partial"))
     folder.put("lock", b"a run that died")
     monkeypatch.setattr(Lock, "_silent_for", lambda *_: -86_400.0)
     with woken_after(60):
