@@ -217,6 +217,8 @@ def test_two_processes_are_as_good_as_one(tmp_path):
     command = [*launch, "-m", "tests.distill.on_policy", str(tmp_path / "two.json")]
     own = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=os.environ | own, check=True, timeout=500)
+    again = subprocess.run(command, env=os.environ | own, check=True, timeout=500, capture_output=True, text=True)
+    assert again.stdout.count("on_policy: done") == 1, again.stdout  # one of them writes and reports
     first, second = (tmp_path / name / "out" / "train" / "on_policy" for name in ("one", "two"))
     expected, found = weights(first), weights(second)
     for name, tensor in expected.items():

@@ -155,9 +155,12 @@ class OnPolicyStage(TrainingStage):
 
     def _settle(self, reporter: Reporter) -> None:
         """Write the recipe's prompts to its folder, unless they are there."""
-        if not Folder(self.recipe.folder).prompts.exists():
-            self.together(lambda: _settled(self.recipe, reporter))
-        wait_for_everyone()
+
+        def write() -> None:
+            if not Folder(self.recipe.folder).prompts.exists():
+                settled(self.recipe, reporter)
+
+        self.together(write)
 
     def _prompts(self, template: ChatTemplate, reporter: Reporter) -> tuple[list[Prompt], dict[str, array[int]]]:
         """Return the prompts to ask, and the tokens of each.
@@ -265,7 +268,3 @@ class OnPolicyStage(TrainingStage):
             TARGET, self.start, self.own.sampling, system=source.system, batch_size=source.batch_size, lend=lend
         )
         return OwnStudent(local, accelerator.process_index, accelerator.num_processes)
-
-
-def _settled(recipe: Recipe, reporter: Reporter) -> None:
-    settled(recipe, reporter)

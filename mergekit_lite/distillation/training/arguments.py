@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from mergekit_lite.distillation.training import deepspeed
 from mergekit_lite.errors import UsageError, counted, nearest
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from transformers import TrainingArguments
 
 LAST_CHECKPOINTS = 2  # kept, unless the recipe says otherwise by save_total_limit
@@ -88,6 +90,22 @@ def wrong_trainer_keys(training: Training, stage: str) -> list[str]:
     return problems
 
 
+def processes(training: Training) -> PartialState:
+    """Return the processes that train together. The first call has them find each other, by the recipe's arguments.
+
+    Accelerate by itself takes each process on a CPU for the only one.
+    """
+    from accelerate import PartialState
+
+    by_deepspeed = deepspeed.is_wanted()
+    on_cpu = training.trainer.get("use_cpu", not torch.accelerator.is_available())
+    return PartialState(
+        cpu=on_cpu and not by_deepspeed,
+        backend=training.trainer.get("ddp_backend", "gloo" if on_cpu and by_deepspeed else None),
+        timeout=timedelta(seconds=training.trainer.get("ddp_timeout", 1800)),
+    )
+
+
 def training_arguments(training: Training, folder: Path, steps: int, seed: int) -> TrainingArguments:
     """Return the trainer's arguments. Creating them sets up accelerate's processes and devices.
 
@@ -136,16 +154,16 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
     }
     try:
         arguments = TrainingArguments(**values)
-        processes = arguments.world_size
+        count = arguments.world_size
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"transformers refuses these arguments of training: {error}") from error
-    if started > processes:
+    if started > count:
         raise UsageError(
             "Several processes were started, but accelerate knows of one. Start them by accelerate launch."
         )
-    if training.batch_size % processes:
+    if training.batch_size % count:
         raise UsageError(
-            f"{processes} processes can't share a batch_size of {training.batch_size}. Use a multiple of {processes}."
+            f"{count} processes can't share a batch_size of {training.batch_size}. Use a multiple of {count}."
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one device a process: for several, accelerate launches processes
     return arguments

@@ -21,7 +21,7 @@ from mergekit_lite.answers.template import ChatTemplate, LengthLimits
 from mergekit_lite.distillation.recipe.schema import Training
 from mergekit_lite.distillation.reporter import Advance, Reporter
 from mergekit_lite.distillation.training import deepspeed, held_out, watch
-from mergekit_lite.distillation.training.arguments import Length, length, training_arguments
+from mergekit_lite.distillation.training.arguments import Length, length, processes, training_arguments
 from mergekit_lite.distillation.training.held_out import Split
 from mergekit_lite.distillation.training.model import (
     check_whole_model,
@@ -79,9 +79,7 @@ class TrainingStage:
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes and reports."""
-        from accelerate import PartialState
-
-        return bool(PartialState().is_main_process)
+        return bool(processes(self.training).is_main_process)
 
     def run(self, reporter: Reporter) -> None:
         """Train to the published folder, resuming an earlier run; do nothing if that folder exists.
