@@ -41,10 +41,13 @@ class Run:
     others: float | None
 
 
-def measured(command: Sequence[str]) -> Run:
-    """Run a command to its end. Raises ClickException with the end of its messages where it fails."""
+def measured(command: Sequence[str], server: int | None = None) -> Run:
+    """Run a command to its end. Raises ClickException with the end of its messages where it fails.
+
+    What the process ``server`` does for it meanwhile is neither its time nor others'.
+    """
     with tempfile.TemporaryFile() as messages:
-        busy = busy_seconds()
+        busy, served = busy_seconds(), _seconds_of(server)
         started = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages)
         together = _Together(process.pid)
@@ -63,7 +66,11 @@ def measured(command: Sequence[str]) -> Run:
             said = messages.read().decode(errors="replace")[-2000:]
             raise click.ClickException(f"This ended with exit code {process.returncode}: {' '.join(command)}\n{said}")
         cpu = usage.ru_utime + usage.ru_stime
-        others = None if busy is None else max(0.0, ((busy_seconds() or 0.0) - busy - cpu) / wall)
+        others = (
+            None
+            if busy is None
+            else max(0.0, ((busy_seconds() or 0.0) - busy - cpu - _seconds_of(server) + served) / wall)
+        )
     return Run(wall, usage.ru_utime, usage.ru_stime, max(usage.ru_maxrss * RSS_UNIT, together.peak), others)
 
 
@@ -97,6 +104,15 @@ def _memory(pid: int) -> int:
     except (OSError, StopIteration):
         return 0
     return own + sum(map(_memory, map(int, children)))
+
+
+def _seconds_of(pid: int | None) -> float:
+    """Processor time of a process since it started; 0 where the system doesn't tell."""
+    counters = Path(f"/proc/{pid}/stat")
+    if not counters.exists():
+        return 0.0
+    user, system = counters.read_text().rpartition(")")[2].split()[11:13]  # the name before may hold anything
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def own_peak() -> int:

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import click
 import xxhash
@@ -66,14 +67,14 @@ def main(
     try:
         bench.prepare(family)
         expected = _plain_merge(bench, family)
-        with _serving(program, bench.folder / "store") as url:
+        with _serving(program, bench.folder / "store") as store:
             for number in range(runs):
                 say(f"Round {number + 1} of {runs}")
                 for setting in settings.split(","):
                     results.setdefault(f"rclone copy, {setting}", []).append(
-                        _moved(bench, family, program, url, setting)
+                        _moved(bench, family, program, store, setting)
                     )
-                results.setdefault(MERGE, []).append(_merged(bench, family, program, url, expected))
+                results.setdefault(MERGE, []).append(_merged(bench, family, program, store, expected))
     finally:
         bench.clear()
         if not keep:
@@ -104,9 +105,14 @@ def _rclone() -> str:
     return found
 
 
+class _Store(NamedTuple):
+    url: str
+    server: int  # its process
+
+
 @contextmanager
-def _serving(program: str, root: Path) -> Iterator[str]:
-    """Serve the folders in ``root`` as buckets; yield the URL."""
+def _serving(program: str, root: Path) -> Iterator[_Store]:
+    """Serve the folders in ``root`` as buckets."""
     command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}", str(root)]
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RCLONE_"))}
     settings["RCLONE_CONFIG"] = os.devnull
@@ -120,7 +126,7 @@ def _serving(program: str, root: Path) -> Iterator[str]:
                 raise click.ClickException("rclone serve s3 ended before it served.")
             found = re.search(r"http://[\d.]+:\d+", line)
         threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would stop it
-        yield found[0]
+        yield _Store(found[0], server.pid)
     finally:
         server.kill()
         server.wait()
@@ -151,7 +157,7 @@ def _with(variables: Mapping[str, str], command: Sequence[str]) -> list[str]:
     return ["env", *(f"{name}={value}" for name, value in variables.items()), *command]
 
 
-def _moved(bench: Bench, family: Family, program: str, url: str, setting: str) -> Run:
+def _moved(bench: Bench, family: Family, program: str, store: _Store, setting: str) -> Run:
     """Move three models out of the store and one into it; return both together as one run."""
     bench.clear()
     bench.output.mkdir(parents=True)
@@ -163,8 +169,8 @@ def _moved(bench: Bench, family: Family, program: str, url: str, setting: str) -
     several = f"{{{','.join(family.names)}}}"
     out = [program, "copy", place, str(bench.output), "--include", f"/{several}/**", *how]
     back = [program, "copy", str(bench.output / family.names[0]), f"{place}/copied", *how]
-    parts = [measured(_with(_of_rclone(url), command)) for command in (out, back)]
-    subprocess.run(_with(_of_rclone(url), [program, "purge", f"{place}/copied"]), check=True)
+    parts = [measured(_with(_of_rclone(store.url), command), store.server) for command in (out, back)]
+    subprocess.run(_with(_of_rclone(store.url), [program, "purge", f"{place}/copied"]), check=True)
     others = [part.others for part in parts if part.others is not None]
     run = Run(
         sum(part.wall for part in parts),
@@ -206,7 +212,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _merged(bench: Bench, family: Family, program: str, url: str, expected: Mapping[str, str]) -> Run:
+def _merged(bench: Bench, family: Family, program: str, store: _Store, expected: Mapping[str, str]) -> Run:
     """Merge from the store into it, and hold what is there to a plain merge. Raises ClickException."""
     bench.clear()
     os.sync()
@@ -214,10 +220,10 @@ def _merged(bench: Bench, family: Family, program: str, url: str, expected: Mapp
     place = f"{BUCKET}/{family.folder.name}"
     recipe = _recipe(bench, [f"s3://{place}/{name}" for name in family.names])
     command = [bench.program, "merge", str(recipe), "-o", f"s3://{place}/merged", "-q"]
-    run = measured(_with(_of_ours(url), command))
+    run = measured(_with(_of_ours(store.url), command), store.server)
     say(f"  {MERGE}: {run.wall:.2f} s, {size(run.peak)}")
     made = _digests(family.folder / "merged")
-    subprocess.run(_with(_of_rclone(url), [program, "purge", f"store:{place}/merged"]), check=True)
+    subprocess.run(_with(_of_rclone(store.url), [program, "purge", f"store:{place}/merged"]), check=True)
     if made != expected:
         raise click.ClickException("What lies in the store is not what a merge on the disk makes.")
     return run

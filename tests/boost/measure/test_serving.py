@@ -156,11 +156,21 @@ def test_a_server_is_stopped_when_the_search_fails(
     assert not (tmp_path / "out.boost" / "serving").exists()
 
 
+# The command, which gives a server that takes no SIGTERM two seconds instead of twenty.
+HURRIED = """
+from mergekit_lite.answers import serving
+from mergekit_lite.commands import start
+
+serving.STOP_SECONDS = 2.0
+start()
+"""
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_search_that_is_ended_leaves_no_server(models: Path, tmp_path: Path, how: signal.Signals) -> None:
     child = tmp_path / "out.boost" / "child"
     running = subprocess.Popen(
-        [sys.executable, "-m", "mergekit_lite", "boost", "sft", "dpo", "--prompts", "prompts.jsonl", "--score", WORDS,
+        [sys.executable, "-c", HURRIED, "boost", "sft", "dpo", "--prompts", "prompts.jsonl", "--score", WORDS,
          "-o", str(tmp_path / "out"), "--serve-command", f"{SERVER} stuck"],
         cwd=models, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
