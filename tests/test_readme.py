@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WITH_MODELS = ("boost", "distill", "moe", "tokenizer")  # need models with configs and tokenizers: tests of their own
 ALL_COMMANDS = re.findall(r"^    (mergekit-lite .*?)(?:  +#.*)?$", README, re.MULTILINE)
-COMMANDS = [command for command in ALL_COMMANDS if command.split()[1] not in WITH_MODELS]
+STORE = "s3://"  # needs a server: tests/remote
+COMMANDS = [command for command in ALL_COMMANDS if command.split()[1] not in WITH_MODELS and STORE not in command]
 YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -56,8 +57,8 @@ def test_commands_in_their_order(place: Path) -> None:
 
 
 @pytest.mark.parametrize("command", sorted(set(ALL_COMMANDS) - set(COMMANDS)))
-def test_commands_with_models_have_these_options(command: str) -> None:
-    verbs = [word for word in command.split()[1:3] if word in (*WITH_MODELS, "run", "transplant")]
+def test_the_others_have_these_options(command: str) -> None:
+    verbs = [word for word in command.split()[1:3] if word in (*WITH_MODELS, "merge", "run", "transplant")]
     help_text = CliRunner().invoke(main, [*verbs, "--help"]).output
     assert all(option in help_text for option in re.findall(r"(?<= )--?[a-z][a-z-]*", command))
     assert all((ROOT / recipe).exists() for recipe in re.findall(r"recipes/\S+", command))
@@ -80,6 +81,12 @@ def test_the_readme_is_short() -> None:
 def test_python(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     exec(PYTHON[0], {})
+
+
+def test_it_leads_to_every_page() -> None:
+    """But for two that belong to docs/distill.md."""
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - {"docs/sources.md", "docs/training.md"}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)", README))
 
 
 def test_links_lead_somewhere() -> None:
