@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -86,3 +89,11 @@ def forget() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+
+
+def part() -> None:
+    """Leave the other processes. DeepSpeed remembers groups that it set up, and none goes while somebody has it."""
+    groups = sys.modules.get("deepspeed.comm")
+    if groups is None or not groups.is_initialized():
+        groups = torch.distributed
+    groups.destroy_process_group()

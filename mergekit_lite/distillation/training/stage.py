@@ -345,5 +345,5 @@ def _part() -> None:
     by now but for its circles. After an error it isn't done: others may wait for this process, and NCCL for them.
     """
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        deepspeed.part()
         gc.collect()
