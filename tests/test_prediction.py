@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +32,7 @@ from mergekit_lite.engine.tiling import SPAN
 from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout, shard_names
 from mergekit_lite.methods import METHODS
 from mergekit_lite.object_stores import Place
-from mergekit_lite.prediction import Cluster, measured_costs, predict, predict_in_turn, this_cluster
+from mergekit_lite.prediction import Cluster, cluster, measured_costs, predict, predict_in_turn, this_cluster
 from mergekit_lite.prediction.cluster import COPY_OUT, FETCH, MOST_CROWDED, PIECE, Way, cached, memory_at_hand
 from mergekit_lite.prediction.costs import Costs
 from mergekit_lite.prediction.prediction import busiest_share
@@ -318,6 +320,15 @@ def test_wider_elements_cost_more_bytes(tmp_path: Path, dtype: str) -> None:
     told = predict(plan_merge(recipe(tmp_path, "linear"), tmp_path / "merged"), Cluster(2), started=0.0)
     assert told.read == 2 * 1024 * 256 * {"float16": 2, "float32": 4, "float64": 8}[dtype]
     assert math.isfinite(told.seconds) and told.compute > 0
+
+
+def test_readers_whose_file_is_closed_end_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-C, which leaves them behind."""
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    for closed in (ends := os.pipe()):
+        os.close(closed)
+    assert cluster._crowding(ends[0], 2, 1e-9) == 1.0 and not failed
 
 
 def test_this_machine_is_measured_without_a_trace(tmp_path: Path) -> None:

@@ -230,8 +230,10 @@ def _crowding(descriptor: int, readers: int, alone: float) -> float:
         piece = memoryview(mmap.mmap(-1, PIECE))
         piece[:] = bytes(PIECE)  # its pages are there before it is timed
         started = time.thread_time()
-        moved.append(sum(_from_cache(descriptor, piece, at) for at in range(number * PIECE, SCRATCH, readers * PIECE)))
-        seconds.append(time.thread_time() - started)
+        places = range(number * PIECE, SCRATCH, readers * PIECE)
+        with suppress(OSError):  # after Ctrl-C the file is closed
+            moved.append(sum(_from_cache(descriptor, piece, at) for at in places))
+            seconds.append(time.thread_time() - started)
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(readers)]
     for thread in threads:

@@ -85,10 +85,15 @@ def is_partitioned(model: Module) -> bool:
 
 
 def forget() -> None:
-    """Have transformers load models whole again: it partitions them as long as it remembers a ZeRO-3 configuration."""
+    """Have transformers load models whole again: it partitions them as long as it remembers a ZeRO-3 configuration.
+
+    And let the trained model go, which DeepSpeed keeps in a list of the modules that passes went through.
+    """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    getattr(offload, "FWD_MODULE_STACK", []).clear()
 
 
 def part() -> None:
