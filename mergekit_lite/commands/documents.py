@@ -82,7 +82,7 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
                 screen.note(f"{heading(step)}: is there already")
                 continue
             if not view.as_json:
-                screen.finished(step.plan, finished)
+                screen.finished(step.plan, finished, resumed=run_options.get("resume", False))
             made.append({"name": step.name, **json_output.of_finished(finished)})
     if view.as_json:
         click.echo(json.dumps(json_output.with_fetched({"documents": made} | json_output.of_nodes(crew)), indent=1))

@@ -222,7 +222,7 @@ def carry_out(
         if repositories:
             told |= {"pushed": [each.to_json() for each in pushed], "push_failed": str(failure) if failure else None}
         click.echo(json.dumps(told, indent=1))
-    screen.finished(plan, finished)
+    screen.finished(plan, finished, resumed=run_options.get("resume", False))
     screen.nodes(crew)
     for each in pushed:
         show(each, screen)

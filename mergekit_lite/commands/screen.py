@@ -148,8 +148,8 @@ class Screen:
         else:
             yield _plain_progress(crew, unit)
 
-    def finished(self, plan: Plan, finished: Finished) -> None:
-        """Print the outputs, and what became of alpha."""
+    def finished(self, plan: Plan, finished: Finished, *, resumed: bool) -> None:
+        """Print the outputs, and what became of alpha; no rate where an earlier run did a part of it."""
         for output, report in zip(finished.outputs, finished.reports, strict=True):
             if not self.quiet:
                 self.out.print(made(output, plan.layout.nbytes))
@@ -165,7 +165,7 @@ class Screen:
                 not_copied = companions(plan)[1]
                 self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
             rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
-            self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
+            self.err.print(f"{finished.seconds:.1f} s" + f", {size(rate)}/s read and written" * (not resumed))
         self.missing(plan)
 
     def nodes(self, crew: Cluster | None) -> None:
