@@ -35,6 +35,7 @@ from mergekit_lite.output.file_writer import FileWriter, WriteTimes
 QUICK_SIZE, QUICK_RUNS = 5e7, 1
 PIECE = 1 << 21
 MOVED = 1 << 28  # bytes that each process reads, and writes, to see what the disk gives
+SKEW = 1_000  # bytes: tensors begin in the middle of pages, whose ends are written for themselves
 STORE = 80 << 20  # bytes of each node's object store
 
 
@@ -173,8 +174,8 @@ def _read(path: Path, begin: int) -> None:
 
 def _write(path: Path) -> None:
     piece = memoryview(mmap.mmap(-1, PIECE))
-    file = FileWriter(path, MOVED, WriteTimes(), shared=True)
-    for place in range(0, MOVED, PIECE):
+    file = FileWriter(path, MOVED + SKEW, WriteTimes(), shared=True)
+    for place in range(SKEW, MOVED, PIECE):
         file.write(place, piece)
     file.close()
     path.unlink()

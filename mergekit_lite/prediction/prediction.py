@@ -176,8 +176,7 @@ def predict(
     cluster = cluster.met_by(workers, plan.bytes_to_write // cluster.nodes)
     tensors = len(plan.jobs)
     apart = workers > 1 or cluster.nodes > 1  # processes of their own
-    sent = BY_RAY if cluster.nodes > 1 else SENT if apart else Steps()
-    work = _Work(plan, cluster, before, costs.step, BY_WORKER.plus(sent))
+    work = _Work(plan, cluster, before, costs.step, BY_WORKER.plus(SENT) if apart else BY_WORKER)
     for (kind, job), count in _alike(plan, costs.kinds, by_file=work.by_file).items():
         work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
@@ -249,6 +248,7 @@ class _Work:
     def __init__(self, plan: Plan, cluster: Cluster, before: Collection[Path], step: float, by_worker: Steps) -> None:
         self.cluster = cluster
         self._per_tensor, self._per_task = step * by_worker.tensor, step * by_worker.task  # seconds of a worker
+        self._per_task += BY_RAY if cluster.nodes > 1 else 0.0
         self._joined = joined_elements(sum([job.numel for job in plan.jobs]))
         self.tasks = 0.0
         self.early: list[tuple[Load, int]] = []
