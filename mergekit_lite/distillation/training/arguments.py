@@ -97,6 +97,8 @@ def processes(training: Training) -> PartialState:
     """
     from accelerate import PartialState
 
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return PartialState()
     by_deepspeed = deepspeed.is_wanted()
     on_cpu = training.trainer.get("use_cpu", not torch.accelerator.is_available())
     return PartialState(
