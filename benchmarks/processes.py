@@ -47,7 +47,8 @@ def measured(command: Sequence[str], server: int | None = None) -> Run:
     What the process ``server`` does for it meanwhile is neither its time nor others'.
     """
     with tempfile.TemporaryFile() as messages:
-        busy, served = busy_seconds(), _seconds_of(server)
+        busy = busy_seconds()
+        served = seconds_of(server) if server is not None and busy is not None else 0.0
         started = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages)
         together = _Together(process.pid)
@@ -66,11 +67,8 @@ def measured(command: Sequence[str], server: int | None = None) -> Run:
             said = messages.read().decode(errors="replace")[-2000:]
             raise click.ClickException(f"This ended with exit code {process.returncode}: {' '.join(command)}\n{said}")
         cpu = usage.ru_utime + usage.ru_stime
-        others = (
-            None
-            if busy is None
-            else max(0.0, ((busy_seconds() or 0.0) - busy - cpu - _seconds_of(server) + served) / wall)
-        )
+        known = cpu + (seconds_of(server) - served if server is not None and busy is not None else 0.0)
+        others = None if busy is None else max(0.0, ((busy_seconds() or 0.0) - busy - known) / wall)
     return Run(wall, usage.ru_utime, usage.ru_stime, max(usage.ru_maxrss * RSS_UNIT, together.peak), others)
 
 
@@ -106,12 +104,9 @@ def _memory(pid: int) -> int:
     return own + sum(map(_memory, map(int, children)))
 
 
-def _seconds_of(pid: int | None) -> float:
-    """Processor time of a process since it started; 0 where the system doesn't tell."""
-    counters = Path(f"/proc/{pid}/stat")
-    if not counters.exists():
-        return 0.0
-    user, system = counters.read_text().rpartition(")")[2].split()[11:13]  # the name before may hold anything
+def seconds_of(pid: int) -> float:
+    """Return the processor time of a process since it started. Raises OSError where it is gone or can't be seen."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]  # a name may hold anything
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 

@@ -27,7 +27,7 @@ import click
 from benchmarks.bench import DISTURBED, Bench, named, say
 from benchmarks.checkpoints import SFT_RMS, Family
 from benchmarks.machine import this_machine
-from benchmarks.processes import busy_seconds
+from benchmarks.processes import busy_seconds, seconds_of
 from benchmarks.tables import Table, publish, size, spread
 
 HALF = {"weight": 0.5, "density": 0.5}
@@ -38,7 +38,6 @@ METHODS: Mapping[str, tuple[Mapping[str, float], Mapping[str, str]]] = {  # para
 }
 QUICK_SIZE, QUICK_RUNS = 5e7, 1
 LOOK_EVERY = 0.1  # seconds
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,8 @@ def _look(pid: int, seen: dict[int, tuple[float, bool]]) -> None:
     """Note the processor time of a process and of all that it started, and which of them are Ray's workers."""
     with suppress(OSError, ValueError):
         folder = Path(f"/proc/{pid}")
-        fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
         is_worker = (folder / "cmdline").read_bytes().startswith(b"ray::RayWorker")
-        seen[pid] = (int(fields[11]) + int(fields[12])) / TICKS, is_worker or seen.get(pid, (0.0, False))[1]
+        seen[pid] = seconds_of(pid), is_worker or seen.get(pid, (0.0, False))[1]
         for task in (folder / "task").iterdir():
             for child in map(int, (task / "children").read_text().split()):
                 _look(child, seen)

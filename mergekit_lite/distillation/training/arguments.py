@@ -97,15 +97,22 @@ def processes(training: Training) -> PartialState:
     """
     from accelerate import PartialState
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _started() == 1:
         return PartialState()
-    by_deepspeed = deepspeed.is_wanted()
-    on_cpu = training.trainer.get("use_cpu", not torch.accelerator.is_available())
-    return PartialState(
-        cpu=on_cpu and not by_deepspeed,
-        backend=training.trainer.get("ddp_backend", "gloo" if on_cpu and by_deepspeed else None),
-        timeout=timedelta(seconds=training.trainer.get("ddp_timeout", 1800)),
-    )
+    values = _devices() | training.trainer
+    timeout = timedelta(seconds=values.get("ddp_timeout", 1800))
+    return PartialState(cpu=values["use_cpu"], backend=values["ddp_backend"], timeout=timeout)
+
+
+def _started() -> int:
+    """Return how many processes were started to train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _devices() -> dict[str, Any]:
+    """Return the arguments about what is computed on, and how processes speak to each other."""
+    on_cpu, by_deepspeed = not torch.accelerator.is_available(), deepspeed.is_wanted()
+    return {"use_cpu": on_cpu and not by_deepspeed, "ddp_backend": "gloo" if on_cpu and by_deepspeed else None}
 
 
 def training_arguments(training: Training, folder: Path, steps: int, seed: int) -> TrainingArguments:
@@ -122,8 +129,7 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     # Newer versions of transformers call gradient checkpointing activation checkpointing.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    on_cpu, by_deepspeed = not torch.accelerator.is_available(), deepspeed.is_wanted()
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = _started()
     # The largest part of a process's share that fits on the device and divides the share evenly.
     share = max(1, training.batch_size // started)
     part = max(size for size in range(1, min(training.per_device_batch_size, share) + 1) if share % size == 0)
@@ -133,8 +139,7 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
-        "use_cpu": on_cpu and not by_deepspeed,
-        "ddp_backend": "gloo" if on_cpu and by_deepspeed else None,
+        **_devices(),
         **training.trainer,
         "output_dir": str(folder),
         "max_steps": steps,
