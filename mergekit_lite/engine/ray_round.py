@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -63,15 +62,17 @@ class Round:
         Before the first task is done nobody knows what is long.
         """
         at = [
-            (self.given[reference], number, reference)
-            for number, (reference, (_, task)) in enumerate(self.under_way.items())
+            reference
+            for reference, (_, task) in self.under_way.items()
             if task is not None and task not in self.done and reference not in self.late
         ]
-        since, _, reference = min(at, default=(math.inf, 0, None))
-        if not self.done or time.monotonic() - since <= max(LATE, TIMES_LATE * self.longest):
+        if not self.done or not at:
             return None
-        self.late.add(reference)
-        return self.under_way[reference][1]
+        first = min(at, key=self.given.__getitem__)
+        if time.monotonic() - self.given[first] <= max(LATE, TIMES_LATE * self.longest):
+            return None
+        self.late.add(first)
+        return self.under_way[first][1]
 
     def is_news(self, reference: Any, task: int) -> bool:
         """Note that a task is done; return whether it wasn't before."""

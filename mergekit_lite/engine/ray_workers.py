@@ -144,12 +144,9 @@ class Cluster:
             if left:
                 self._dismiss()
             else:  # what is still under way was done by another
-                at_work = {
-                    reference: worker for reference, (worker, task) in a_round.under_way.items() if task is not None
-                }
-                for worker in {*at_work.values()}:
+                for worker in {worker for worker, task in a_round.under_way.values() if task is not None}:
                     self._drop(a_round, worker)
-                for worker in {at_work[reference] for reference in a_round.late & at_work.keys()}:
+                for worker in {a_round.under_way[each][0] for each in a_round.late & a_round.under_way.keys()}:
                     self.nodes[worker.node].lost += 1
 
     def _take_up(self, a_round: Round, worker: Worker) -> None:

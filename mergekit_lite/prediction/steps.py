@@ -1,4 +1,7 @@
-"""What a run does besides arithmetic on weights, in steps of a loop in Python that take as long (measured)."""
+"""What a run does besides arithmetic on weights, in steps of a loop in Python that take as long (measured).
+
+What Ray does is in seconds: they hardly depend on how fast Python is.
+"""
 
 from __future__ import annotations
 
@@ -29,4 +32,4 @@ ENDING = 3_500_000  # for all: workers begin and end; config, card, the renames;
 # By a worker:
 BY_WORKER = Steps(2_600, 4_000)
 SENT = Steps(1_500, 15_000)  # where it is a process of its own: what it is sent, and sends
-BY_RAY = 3e-3  # seconds of a worker for a task that Ray brings: they hardly depend on how fast Python is (measured)
+BY_RAY = 3e-3  # seconds, where Ray brings a task (measured)
